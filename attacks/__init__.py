@@ -1,0 +1,1 @@
+"""Imported as ``ensdef.attacks``: one file per attack or family of attacks."""

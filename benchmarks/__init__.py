@@ -1,0 +1,1 @@
+"""Imported as ``ensdef.benchmarks``: one TOML file per protocol."""

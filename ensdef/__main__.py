@@ -1,0 +1,5 @@
+"""``python -m ensdef``."""
+
+from ensdef.cli import main
+
+main()

@@ -1,0 +1,109 @@
+"""The adversary inside training: a plain projected gradient loop over a whole batch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from ensdef.defense import EnsembleDefense, Objective
+from ensdef.folding import FoldedCopy
+from ensdef.losses import cross_entropy
+from ensdef.notation import relative
+from ensdef.recipe import InnerAttack
+from ensdef.rng import BatchRandom
+from ensdef.threat import TINY, Threat
+
+
+class Adversary:
+    """What the trainer lends a defence; called through :meth:`EnsembleDefense.adversary`.
+
+    Args:
+        defense: the defence in training, put into eval mode while a callable objective is attacked with batch norm
+            in eval mode.
+        attack: steps, step size, start, batch-norm mode, labels.
+        norm: of the default threat.
+        eps: (low, high); a radius is drawn uniformly per batch when they differ.
+    """
+
+    def __init__(self, defense: EnsembleDefense, attack: InnerAttack, norm: str, eps: tuple[float, float]) -> None:
+        self.defense = defense
+        self.attack = attack
+        self.norm = norm
+        self.eps = eps
+        self.rng = torch.Generator()
+        self.threat = Threat(norm, eps[1])
+        self._copies: dict[int, FoldedCopy] = {}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Adversary:
+        return self  # a copied defence shares the adversary: copying it would copy the defence once more
+
+    def begin_batch(self, rng: torch.Generator) -> None:
+        """Use ``rng`` for this batch, and draw its radius."""
+        self.rng = rng
+        low, high = self.eps
+        share = float(torch.rand((), generator=rng, device=rng.device)) if high > low else 0.0
+        self.threat = Threat(self.norm, low + share * (high - low))
+
+    def __call__(
+        self,
+        objective: Objective,
+        x: Tensor,
+        y: Tensor | None = None,
+        *,
+        threat: Threat | None = None,
+        steps: int | None = None,
+        step_size: float | None = None,
+        momentum: float = 0.0,
+        start: Literal["uniform", "zero"] | None = None,
+        descend: bool = False,
+    ) -> Tensor:
+        threat = threat or self.threat
+        steps = self.attack.steps if steps is None else steps
+        size = relative(self.attack.step_size, threat.eps, "step_size") if step_size is None else step_size
+        size = -size if descend else size
+        x = x.detach()
+        with self._attacked(objective) as surface, torch.enable_grad():
+            if isinstance(objective, nn.Module) and (y is None or self.attack.label == "predicted"):
+                with torch.no_grad():
+                    y = surface(x).argmax(dim=1)
+            x_adv = x
+            if (start or self.attack.start) == "uniform":
+                x_adv = threat.random_start(x, BatchRandom(self.rng, len(x)))
+            velocity = torch.zeros_like(x)
+            for _ in range(steps):
+                x_adv = x_adv.detach().requires_grad_()
+                value = surface(x_adv)
+                if isinstance(objective, nn.Module):
+                    assert y is not None
+                    value = cross_entropy(value.float(), y)
+                # the sum, not the mean: an example's gradient must not depend on the size of its batch
+                gradient = torch.autograd.grad(value.sum(), x_adv)[0].detach()
+                if momentum:
+                    length = gradient.abs().flatten(1).sum(dim=1).clamp_min(TINY)
+                    velocity = momentum * velocity + gradient / length.view(-1, *[1] * (x.dim() - 1))
+                    gradient = velocity
+                x_adv = threat.project(x_adv.detach() + size * threat.ascent(gradient), x)
+        return x_adv.detach()
+
+    @contextmanager
+    def _attacked(self, objective: Objective) -> Iterator[Any]:
+        """The function whose gradient is followed, in the batch-norm mode of the recipe."""
+        if self.attack.batch_norm == "train":
+            yield objective
+        elif isinstance(objective, nn.Module):
+            copy = self._copies.get(id(objective))
+            if copy is None or copy.source is not objective:
+                copy = self._copies[id(objective)] = FoldedCopy(objective)
+            yield copy.refresh()
+        else:
+            training = {module: module.training for module in self.defense.modules()}
+            self.defense.eval()
+            try:
+                yield objective
+            finally:
+                for module, flag in training.items():
+                    module.training = flag

@@ -1,0 +1,1 @@
+"""Member networks by name, one file per family; found by the registry."""

@@ -1,0 +1,140 @@
+"""What an attack author implements. The harness (``ensdef.evaluation``) owns everything that could go wrong.
+
+An :class:`IterativeAttack` writes one update; the loop, the projection, the box, survivors, restarts, the judgement
+of success and the counting of passes are the harness's. A :class:`WholeAttack` wraps a library that has its own loop.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
+
+from torch import Tensor
+
+from ensdef.errors import PluginError
+from ensdef.registry import ATTACKS
+from ensdef.rng import KeyedRandom
+from ensdef.target import Target
+from ensdef.threat import Threat
+
+if TYPE_CHECKING:
+    from ensdef.defense import EnsembleDefense
+    from ensdef.specs import TrainSpec
+
+#: Per-image memory of an attack: tensors with leading dimension B. ``"x_adv"`` in the state that ``start`` returns is
+#: where the run begins (default: the clean image).
+State = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class NoParams:
+    """An attack without parameters."""
+
+
+class Attack(ABC):
+    """Base of all attacks; ``self.params`` is an instance of ``Params``."""
+
+    #: Frozen dataclass of this attack's parameters, readable from text (``pgd[steps=50]``).
+    Params: ClassVar[type] = NoParams
+    #: What the attacker sees of the target.
+    access: ClassVar[Literal["gradient", "score", "decision", "transfer"]] = "gradient"
+    #: Norms the attack can be run in; empty for attacks without a budget.
+    norms: ClassVar[tuple[str, ...]] = ("linf", "l2")
+    #: Whether two attack seeds can give different points.
+    random: ClassVar[bool] = True
+    #: ``"eps"``: stays in the ball; ``"min_norm"``: shortest perturbation, compared with eps; ``"none"``: no ball.
+    budget: ClassVar[Literal["eps", "min_norm", "none"]] = "eps"
+    #: Whether ``eps`` and the images alone decide the result (no labels of other images, no batch statistics).
+    per_image: ClassVar[bool] = True
+
+    def __init__(self, params: Any = None) -> None:
+        self.params = self.Params() if params is None else params
+
+    @classmethod
+    def prerequisites(cls, params: Any, training: TrainSpec) -> Mapping[str, TrainSpec]:
+        """Trainings this attack needs, by role (transfer attacks: their surrogates); see :meth:`TrainSpec.derive`.
+
+        Args:
+            params: an instance of ``Params``.
+            training: of the attacked defence.
+        """
+        return {}
+
+    def warm_start(self, prerequisites: Mapping[str, EnsembleDefense]) -> None:  # noqa: B027 - a hook
+        """Take the trained prerequisites, on the device of the attack, before it begins."""
+
+    def fits(self, views: Collection[str]) -> None:  # noqa: B027 - a hook
+        """Refuse a model before it is trained; ``views`` are the names of its readings, ``predict`` among them.
+
+        Raises:
+            UsageError: a parameter asks for something the model does not have.
+        """
+
+
+class IterativeAttack(Attack):
+    """An attack that improves every image by itself, step by step."""
+
+    @property
+    def steps(self) -> int:
+        """Updates per run."""
+        return int(self.params.steps)
+
+    def runs(self, num_classes: int) -> int:
+        """Independent runs per image (restarts, or restarts times targets); the worst one counts."""
+        return int(getattr(self.params, "restarts", 1))
+
+    def start(self, target: Target, x: Tensor, y: Tensor, threat: Threat, rng: KeyedRandom) -> State:
+        """Begin a run. ``rng.run`` (B,) tells which run of 0 ... runs-1 each image begins."""
+        return {}
+
+    @abstractmethod
+    def step(
+        self, target: Target, x_adv: Tensor, y: Tensor, state: State, threat: Threat, rng: KeyedRandom
+    ) -> tuple[Tensor, State]:
+        """One update.
+
+        Args:
+            target: the attacked model; ``target(x_adv)`` gives (B, C) log-scores. Evaluating ``x_adv`` itself (or
+                ``x_adv.detach().requires_grad_()``) costs nothing extra: the harness reads success off that pass.
+            x_adv: current points, (B, ...), in ball and box, without gradient.
+            y: true labels, (B,).
+            state: what ``start`` or the last step returned for these images.
+            threat: norm and eps.
+            rng: one stream an image, keyed by (seed, image, run, step).
+        Returns:
+            new points, (B, ...), which the harness projects, and the new state.
+        """
+
+
+class WholeAttack(Attack):
+    """An attack with a loop of its own (wrapped libraries): images in canonical order, a fixed batch size."""
+
+    #: Part of the cell key, because wrapped attacks draw per batch.
+    batch_size: ClassVar[int] = 250
+    per_image: ClassVar[bool] = False
+
+    @abstractmethod
+    def perturb(self, target: Target, x: Tensor, y: Tensor, threat: Threat, rng: KeyedRandom) -> Tensor:
+        """Adversarial candidates for one batch, (B, ...) like ``x``."""
+
+
+A = TypeVar("A", bound=type[Attack])
+
+
+def register_attack(name: str) -> Callable[[A], A]:
+    """Class decorator: makes ``--attack name`` find this class.
+
+    Raises:
+        PluginError: the name is taken, or the class is no attack.
+    """
+
+    def check(plugin: Any) -> None:
+        if not (isinstance(plugin, type) and issubclass(plugin, IterativeAttack | WholeAttack)):
+            raise PluginError(
+                f"@register_attack({name!r}) expects a subclass of ensdef.IterativeAttack or "
+                f"ensdef.WholeAttack, got {plugin!r}"
+            )
+
+    return ATTACKS.register(name, check)

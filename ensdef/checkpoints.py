@@ -1,0 +1,157 @@
+"""A trained defence on disk: ``weights.safetensors`` and ``spec.json`` in one folder. Nothing is ever unpickled."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import typing
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
+from torch import Tensor
+
+from ensdef.build import build_defense
+from ensdef.defense import EnsembleDefense
+from ensdef.errors import CheckpointError, UsageError
+from ensdef.records import write_bytes
+from ensdef.specs import ModelSpec, TrainSpec
+
+WEIGHTS = "weights.safetensors"
+SPEC = "spec.json"
+LAST_GOOD = "last_good.safetensors"
+
+
+def checkpoint_folder(results: Path, spec: TrainSpec) -> Path:
+    """Where a training's weights live."""
+    return results / "checkpoints" / f"{spec.method}-{spec.key[:16]}"
+
+
+def save_checkpoint(folder: Path, defense: EnsembleDefense, spec: TrainSpec, report: Mapping[str, Any]) -> None:
+    """Write weights, then the description that makes them valid; ``report`` is what the trainer has to tell."""
+    write_bytes(folder / WEIGHTS, packed(defense.state_dict()))
+    _save_description(folder, spec, report)
+
+
+def save_last_good(folder: Path, weights: bytes, spec: TrainSpec, reason: str) -> Path:
+    """Keep the last good epoch of a training that broke, loadable but not complete; returns its path."""
+    write_bytes(folder / LAST_GOOD, weights)
+    _save_description(folder, spec, {"broken": reason})
+    return folder / LAST_GOOD
+
+
+def _save_description(folder: Path, spec: TrainSpec, report: Mapping[str, Any]) -> None:
+    description = {"format": 1, **spec.describe(), "report": dict(report)}
+    write_bytes(folder / SPEC, json.dumps(description, indent=1, sort_keys=True).encode())
+
+
+def packed(weights: Mapping[str, Tensor]) -> bytes:
+    """Tensors as a safetensors file's bytes, contiguous and on the CPU."""
+    return save({name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()})
+
+
+def load_checkpoint(path: str | Path) -> EnsembleDefense:
+    """Rebuild a trained defence: an ordinary module, images in [0, 1] -> (B, C) log-scores, CPU, eval mode.
+
+    Args:
+        path: the checkpoint's folder, or its weights file.
+    Raises:
+        CheckpointError: missing, truncated, a pickle, or weights that do not fit the description.
+    """
+    path = Path(path)
+    folder, weights = (path.parent, path) if path.is_file() else (path, path / WEIGHTS)
+    if not weights.is_file():
+        raise CheckpointError(f"no checkpoint at {path}: expected a folder with {WEIGHTS} and {SPEC}")
+    description = _description(folder)
+    try:
+        known = {field.name for field in dataclasses.fields(ModelSpec)}
+        fields = {name: value for name, value in description["model"].items() if name in known}
+        for name in ("image_shape", "mean", "std"):
+            fields[name] = tuple(fields[name])
+        spec = ModelSpec(**fields)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{folder / SPEC} does not describe a model ({error!r}); train it again") from error
+    try:
+        defense = build_defense(spec)
+    except UsageError as error:
+        raise CheckpointError(f"{folder / SPEC}: {error}") from error
+    except (TypeError, ValueError) as error:  # parameters of another version, values of another type
+        raise CheckpointError(f"{folder / SPEC} does not describe a model ({error!r}); train it again") from error
+    fit(defense, read_weights(weights), weights)
+    return defense
+
+
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """Tensors of a safetensors file.
+
+    Raises:
+        CheckpointError: truncated, a pickle, or otherwise no safetensors file.
+    """
+    with path.open("rb") as file:
+        head = file.read(8)
+    if head[:2] == b"\x80\x02" or head[:4] == b"PK\x03\x04":
+        raise CheckpointError(
+            f"{path} is a pickle (torch.save); loading one can run code, so it is refused. "
+            "Save the state dict with safetensors.torch.save_file instead"
+        )
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError, ValueError) as error:
+        raise CheckpointError(
+            f"{path} is truncated or no safetensors file ({error}); delete it and train again"
+        ) from error
+
+
+def fit(defense: EnsembleDefense, weights: Mapping[str, Tensor], origin: Path) -> None:
+    """Load ``weights`` into ``defense``; every name and shape must agree.
+
+    Raises:
+        CheckpointError: weights of another architecture, member count or number of classes.
+    """
+    own = defense.state_dict()
+    missing = sorted(set(own) - set(weights))
+    extra = sorted(set(weights) - set(own))
+    shapes = [
+        f"{name} is {tuple(weights[name].shape)}, expected {tuple(own[name].shape)}"
+        for name in sorted(set(own) & set(weights))
+        if own[name].shape != weights[name].shape
+    ]
+    if missing or extra or shapes:
+        told = [
+            *(f"missing {name}" for name in missing[:2]),
+            *(f"unexpected {name}" for name in extra[:2]),
+            *shapes[:2],
+        ]
+        count = len(missing) + len(extra) + len(shapes)
+        raise CheckpointError(f"{origin} belongs to another architecture: {count} tensors differ ({'; '.join(told)})")
+    with torch.no_grad():
+        defense.load_state_dict(dict(weights))
+
+
+def training_report(folder: Path) -> dict[str, Any]:
+    """What the trainer told when it saved: seconds, history, device, versions."""
+    return typing.cast(dict[str, Any], _description(folder).get("report", {}))
+
+
+def is_complete(folder: Path, spec: TrainSpec) -> bool:
+    """Whether the folder holds this training's finished weights (the description is written last)."""
+    if not ((folder / SPEC).is_file() and (folder / WEIGHTS).is_file()):
+        return False
+    return _description(folder).get("key") == spec.key
+
+
+def _description(folder: Path) -> dict[str, Any]:
+    try:
+        content = json.loads((folder / SPEC).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(
+            f"{folder / SPEC} is missing; a checkpoint is a folder with {WEIGHTS} and {SPEC}"
+        ) from None
+    except (ValueError, OSError) as error:
+        raise CheckpointError(f"{folder / SPEC} is no JSON ({error}); delete the folder and train again") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{folder / SPEC} is no checkpoint description; delete the folder and train again")
+    return content

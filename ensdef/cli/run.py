@@ -1,0 +1,242 @@
+"""``ensdef bench`` and ``ensdef run``."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+import tomllib
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from ensdef.cli import cli
+from ensdef.errors import UsageError
+from ensdef.notation import fraction, split_list
+from ensdef.protocol import Protocol, load_protocol, plan, with_attacks, with_methods
+
+if TYPE_CHECKING:
+    from ensdef.records import Record
+    from ensdef.specs import Cell
+
+
+def _config(ctx: click.Context, parameter: click.Parameter, value: str | None) -> dict[str, Any]:
+    """``--config``: a TOML file of option names; the command line wins. A ``[train]`` table overrides the recipe."""
+    if value is None:
+        return {}
+    try:
+        content = tomllib.loads(Path(value).read_text(encoding="utf-8"))
+    except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise click.UsageError(f"--config {value}: {error}") from error
+    train = content.pop("train", {})
+    options = {str(key).replace("-", "_"): item for key, item in content.items()}
+    options = {"as_json" if key == "json" else key: item for key, item in options.items()}
+    known = {str(item.name) for item in ctx.command.params}
+    if unknown := sorted(set(options) - known):
+        there = ", ".join(sorted(known - {"as_json", "config"} | {"json"}))
+        raise click.UsageError(f"--config {value}: no option {unknown[0]!r}; there are: {there}")
+    ctx.default_map = {
+        key: ",".join(map(str, item)) if isinstance(item, list) and key != "plugin" else item
+        for key, item in options.items()
+    }
+    if not isinstance(train, dict):
+        raise click.UsageError(f"--config {value}: train must be a table, such as [train] with lr = 0.05")
+    return train
+
+
+_RUN_OPTIONS = [
+    click.option(
+        "--config",
+        callback=_config,
+        is_eager=True,
+        expose_value=True,
+        metavar="FILE",
+        help="TOML file of these options; the command line wins.",
+    ),
+    click.option("--data-dir", metavar="DIR", help="Folder of the data set."),
+    click.option(
+        "--samples",
+        type=int,
+        help="Test images attacked: the first N of a fixed permutation [default: all, up to 1,000].",
+    ),
+    click.option("--seed", help="Training seeds, comma separated."),
+    click.option("--plugin", multiple=True, metavar="FILE_OR_MODULE", help="Load a plug-in (repeatable)."),
+    click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True),
+    click.option(
+        "--batch-size",
+        type=click.IntRange(min=1),
+        default=128,
+        show_default=True,
+        help="Images an attack pass; cannot change a result.",
+    ),
+    click.option(
+        "--results",
+        type=click.Path(path_type=Path),
+        default=Path("results"),
+        show_default=True,
+        help="Folder for records, checkpoints, tables.",
+    ),
+    click.option("--json", "as_json", is_flag=True, help="Records as a JSON array on stdout, all else on stderr."),
+    click.option("--dry-run", is_flag=True, help="List the cells, done and to do, and stop."),
+]
+
+
+def _run_options(command: Callable[..., None]) -> Callable[..., None]:
+    for option in reversed(_RUN_OPTIONS):
+        command = option(command)
+    return command
+
+
+@cli.command()
+@click.option(
+    "--method",
+    help="Defences, comma separated, parameters in brackets: adp[entropy_weight=1],soe [default: the protocol's].",
+)
+@click.option("--attack", help="Attacks, comma separated: pgd[steps=50,restarts=5],mim.")
+@click.option("--dataset", metavar="NAME", help="One data set [default: digits]; see `ensdef list datasets`.")
+@click.option("--image-size", type=int, help="Resize images to this side.")
+@click.option("--limit", type=int, help="Training images: the first N of a fixed permutation.")
+@click.option("--arch", metavar="NAME", help="Member architecture [default: the data set's].")
+@click.option("--members", type=int, help="Members of a defence that does not fix them [default: 3].")
+@click.option("--eps", help="Attack radii, comma separated: 8/255,0.05 [default: the data set's].")
+@click.option("--norm", type=click.Choice(["linf", "l2"]), help="Of attacks and training [default: linf].")
+@click.option(
+    "--combiner",
+    type=click.Choice(["native", "avg", "max", "vote"]),
+    help="Replace the defences' inference rule at evaluation.",
+)
+@click.option("--epochs", type=int, help="Training epochs [default: the method's recipe, or the data set's].")
+@click.option("--train-eps", help="Training radius, or uniform(0.01,0.05), or eps for one training per attack radius.")
+@click.option("--attack-seed", type=click.IntRange(0, 2**63 - 1), help="Of the attacks' random numbers [default: 0].")
+@click.option("--precision", type=click.Choice(["fp32", "bf16"]), help="Of training [default: fp32].")
+@click.option(
+    "--search",
+    type=click.Choice(["fp32", "bf16", "bf16+fp32"]),
+    help="Of the attack's search; successes are judged in fp32 [default: fp32].",
+)
+@_run_options
+def bench(
+    config: dict[str, Any],
+    method: str | None,
+    attack: str | None,
+    eps: str | None,
+    seed: str | None,
+    plugin: tuple[str, ...],
+    device: str,
+    batch_size: int,
+    results: Path,
+    as_json: bool,
+    dry_run: bool,
+    **given: Any,
+) -> None:
+    """Train what is missing, attack it, print the table."""
+    protocol = load_protocol("default")
+    if method is not None:
+        protocol = with_methods(protocol, method)
+    if attack is not None:
+        protocol = with_attacks(protocol, attack)
+    if eps is not None:
+        given["eps"] = tuple(split_list(eps))
+    protocol = _overlay(protocol, given, seed)
+    if config:
+        protocol = dataclasses.replace(
+            protocol,
+            recipe={**protocol.recipe, **config},
+            recipes={
+                name: {key: value for key, value in recipe.items() if key not in config}
+                for name, recipe in protocol.recipes.items()
+            },
+        )
+    _go(protocol, "bench", None, plugin, device, batch_size, results, as_json, dry_run)
+
+
+@cli.command()
+@click.argument("protocol")
+@_run_options
+def run(
+    protocol: str,
+    config: dict[str, Any],
+    plugin: tuple[str, ...],
+    device: str,
+    batch_size: int,
+    results: Path,
+    as_json: bool,
+    dry_run: bool,
+    seed: str | None,
+    **given: Any,
+) -> None:
+    """Run a whole PROTOCOL: a name from `ensdef list protocols`, or a TOML file."""
+    loaded = load_protocol(protocol)
+    asked = _overlay(loaded, given, seed)
+    # records of a protocol that was changed on the command line do not carry its id
+    _go(asked, asked.name, asked.id if asked == loaded else None, plugin, device, batch_size, results, as_json, dry_run)
+
+
+def _overlay(protocol: Protocol, given: dict[str, Any], seed: str | None) -> Protocol:
+    changes = {key: value for key, value in given.items() if value is not None}
+    if seed is not None:
+        numbers = [fraction(part, "seed") for part in split_list(seed)]
+        if any(number.denominator != 1 or not 0 <= number < 2**63 for number in numbers):
+            raise UsageError(f"seed is {seed}; expected whole numbers from 0 to 2^63 - 1")
+        changes["seeds"] = tuple(int(number) for number in numbers)
+    return dataclasses.replace(protocol, **changes)
+
+
+def _go(
+    protocol: Protocol,
+    table: str,
+    protocol_id: str | None,
+    plugins: tuple[str, ...],
+    device: str,
+    batch_size: int,
+    results: Path,
+    as_json: bool,
+    dry_run: bool,
+) -> None:
+    from ensdef.registry import load_plugin
+
+    for plugin in plugins:
+        load_plugin(plugin)
+    from ensdef.evaluation import resolve_device
+    from ensdef.progress import ConsoleProgress
+    from ensdef.runner import Run, check_writable, preflight, run_cells
+
+    where = resolve_device(device)
+    check_writable(results)
+    cells, _ = plan(protocol)
+    if dry_run:
+        _print_plan(cells, results)
+        return
+    preflight(cells, results)
+    records = run_cells(cells, Run(results, where, batch_size, protocol_id), ConsoleProgress())
+    _report(records, protocol, table, results, as_json)
+    if any(record.error for record in records):
+        sys.exit(1)
+
+
+def _report(records: list[Record], protocol: Protocol, table: str, results: Path, as_json: bool) -> None:
+    from ensdef.tables import Manifests, markdown, write_table
+
+    # a bench adds to what was benched before; a protocol's table is the protocol's cells and no others
+    Manifests(results).write(table, protocol.title if table != "bench" else "Bench", records, extend=table == "bench")
+    paths = write_table(table, results, results / "tables")
+    click.echo(markdown(records, results), err=as_json)
+    click.echo(f"tables: {', '.join(map(str, paths))}; records: {results / 'records'}", err=as_json)
+    if as_json:
+        click.echo(json.dumps([record.summary() for record in records], indent=1))
+
+
+def _print_plan(cells: list[Cell], results: Path) -> None:
+    from ensdef.checkpoints import checkpoint_folder, is_complete
+    from ensdef.runner import find_record
+
+    for cell in cells:
+        trained = is_complete(checkpoint_folder(results, cell.training), cell.training)
+        state = "done" if find_record(cell, results) else "attack" if trained else "train and attack"
+        click.echo(
+            f"{state:17} {cell.training.model.method_call} seed {cell.training.setting.seed}  "
+            f"{cell.attack.call} {cell.attack.norm or ''} {cell.attack.written or ''}  n={cell.samples}  "
+            f"{cell.key[:16]}"
+        )

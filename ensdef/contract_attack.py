@@ -1,0 +1,124 @@
+"""The contract of an attack, clause by clause, on a linear model: what ``ensdef check NAME`` runs."""
+
+from __future__ import annotations
+
+import sys
+
+import torch
+from torch import Tensor
+
+from ensdef.attack_spec import AttackSpec
+from ensdef.harness import BALL_SLACK, Outcome, attack_model
+from ensdef.registry import ATTACKS
+from ensdef.testing import LinearClassifier, expect, is_frozen
+
+CLASSES, SHAPE = 4, (1, 8, 8)
+
+
+def toy(count: int = 24, seed: int = 0) -> tuple[LinearClassifier, Tensor, Tensor]:
+    """A linear model, images inside the box, and labels of which five in six are its own decisions."""
+    generator = torch.Generator().manual_seed(seed)
+    model = LinearClassifier(torch.randn(CLASSES, 64, generator=generator))
+    x = 0.3 + 0.4 * torch.rand(count, *SHAPE, generator=generator)
+    with torch.no_grad():
+        y = model(x).argmax(dim=1)
+    return model, x, torch.where(torch.arange(count) % 6 == 5, (y + 1) % CLASSES, y)
+
+
+def run(name: str, eps: float, *, batch_size: int = 128, order: Tensor | None = None, seed: int = 0) -> Outcome:
+    """The attack on the toy; ``order`` permutes the images, ids included."""
+    model, x, y = toy()
+    order = torch.arange(len(x)) if order is None else order
+    norm = (*ATTACKS.get(name).norms, "linf")[0]
+    spec = AttackSpec.create(name, {}, norm, eps, seed=seed)
+    return attack_model(model, x[order], y[order], spec, ids=order, batch_size=batch_size)
+
+
+def check_params_are_frozen(name: str) -> None:
+    params = ATTACKS.get(name).Params
+    expect(
+        is_frozen(params),
+        f"{name}.Params must be immutable to be part of a key; decorate it with @dataclass(frozen=True)",
+    )
+    params()
+
+
+def check_tells_its_source(name: str) -> None:
+    cls = ATTACKS.get(name)
+    module = sys.modules[cls.__module__]
+    expect(bool((cls.__doc__ or "").strip()), f"the class of {name} has no docstring; say in one line what it does")
+    expect(
+        bool((module.__doc__ or "").strip()), f"the file of {name} has no docstring; name title, authors, venue, year"
+    )
+
+
+def check_stays_in_ball_and_box(name: str) -> None:
+    _, x, _ = toy()
+    x_adv = run(name, 0.1).x_adv
+    expect(
+        bool(torch.isfinite(x_adv).all()) and float(x_adv.min()) >= 0 and float(x_adv.max()) <= 1,
+        f"{name} left the box [0, 1]",
+    )
+    if ATTACKS.get(name).budget == "eps" and "linf" in ATTACKS.get(name).norms:
+        expect(float((x_adv.double() - x.double()).abs().max()) <= 0.1 + BALL_SLACK, f"{name} left the ball")
+
+
+def check_does_nothing_without_budget(name: str) -> None:
+    if ATTACKS.get(name).budget == "none":
+        return
+    _, x, _ = toy()
+    expect(torch.equal(run(name, 0).x_adv, x), f"{name} at eps 0 must return the image itself")
+
+
+def check_breaks_a_defenceless_model(name: str) -> None:
+    if ATTACKS.get(name).budget == "none":
+        return
+    outcome = run(name, 0.5)
+    expect(
+        int(outcome.robust.sum()) < int(outcome.clean.sum()),
+        f"{name} at eps 0.5 fools a linear model on no image: is the loss raised, not lowered?",
+    )
+
+
+def check_wrong_images_are_never_robust(name: str) -> None:
+    outcome = run(name, 0.1)
+    expect(not bool((outcome.robust & ~outcome.clean).any()), f"{name} made a wrong image count as robust")
+
+
+def check_repeats_itself(name: str) -> None:
+    first, second = run(name, 0.1), run(name, 0.1)
+    expect(
+        torch.equal(first.x_adv, second.x_adv),
+        f"{name} gives other points on a second run; draw from the rng it is given, never from torch's global one",
+    )
+
+
+def check_leaves_no_trace(name: str) -> None:
+    state = torch.random.get_rng_state()
+    run(name, 0.1)
+    expect(torch.equal(state, torch.random.get_rng_state()), f"{name} moved torch's global random state; use rng")
+
+
+def check_batches_do_not_matter(name: str) -> None:
+    if not ATTACKS.get(name).per_image:
+        return
+    whole = run(name, 0.1)
+    order = torch.randperm(len(whole.robust), generator=torch.Generator().manual_seed(3))
+    parts = run(name, 0.1, batch_size=16, order=order)
+    expect(
+        torch.equal(whole.robust[order], parts.robust) and torch.allclose(whole.x_adv[order], parts.x_adv, atol=1e-4),
+        f"{name} gives other points or verdicts in other batches; keep every state per image and draw from rng alone",
+    )
+
+
+ATTACK_CHECKS = [
+    check_params_are_frozen,
+    check_tells_its_source,
+    check_stays_in_ball_and_box,
+    check_does_nothing_without_budget,
+    check_breaks_a_defenceless_model,
+    check_wrong_images_are_never_robust,
+    check_repeats_itself,
+    check_leaves_no_trace,
+    check_batches_do_not_matter,
+]

@@ -1,0 +1,264 @@
+"""From an attacked model to a record."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ensdef.attack_spec import AttackSpec
+from ensdef.codehash import code_hash
+from ensdef.data import Split
+from ensdef.defense import EnsembleDefense
+from ensdef.errors import UsageError
+from ensdef.harness import Outcome, attack_model
+from ensdef.keys import content_key
+from ensdef.notation import parse_call
+from ensdef.progress import Progress
+from ensdef.provenance import provenance
+from ensdef.records import Record, with_outcomes
+from ensdef.registry import METHODS
+from ensdef.specs import Cell, cell_key
+
+
+def evaluate(
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    *,
+    attack: str = "pgd",
+    eps: str | float = "8/255",
+    norm: str = "linf",
+    success: str = "any",
+    search: str = "fp32",
+    combiner: str = "native",
+    attack_seed: int = 0,
+    batch_size: int = 128,
+    device: str = "auto",
+    progress: Progress | None = None,
+    **params: Any,
+) -> Record:
+    """Attack a model on images in memory.
+
+    Args:
+        model: a defence, or any ``nn.Module`` from images in [0, 1] to scores (B, C); it is not changed.
+        x: images, (N, C, H, W) or (N, ...), float32 in [0, 1].
+        y: labels, (N,), int64.
+        attack: registered name, brackets allowed; ``params`` are its parameters (``steps=50, restarts=5``).
+        eps, norm: radius, as a number or a fraction in text, and ``"linf"`` or ``"l2"``.
+        success: ``"any"`` evaluated iterate, or the ``"last"`` of each run.
+        search: ``"fp32"``, ``"bf16"`` (successes re-checked in fp32), ``"bf16+fp32"`` (survivors again in fp32).
+        combiner: ``"native"``, or ``avg``, ``max``, ``vote`` in place of the defence's own rule.
+        attack_seed: of the keyed random numbers.
+        batch_size: rows a pass; cannot change the result.
+        device: ``"auto"``, ``"cpu"`` or ``"cuda"``.
+    Returns:
+        a record; nothing is written.
+    Raises:
+        UsageError: unknown names, parameters or sizes; images outside [0, 1]; labels of another length.
+        PluginError: scores of the wrong shape, NaN, or probabilities.
+    """
+    if not isinstance(x, Tensor) or not x.is_floating_point() or x.dim() < 2 or not len(x):
+        raise UsageError("x must be a non-empty float tensor (N, ...) with images in [0, 1]")
+    if not bool(torch.isfinite(x).all()) or float(x.min()) < 0 or float(x.max()) > 1:
+        raise UsageError(
+            f"images must be in [0, 1], got values from {float(x.min()):g} to {float(x.max()):g}; put the "
+            "normalisation inside the model"
+        )
+    if y.shape != x.shape[:1] or y.is_floating_point():
+        raise UsageError(f"y must hold one integer label an image, shape ({len(x)},), got {tuple(y.shape)} {y.dtype}")
+    name, bracketed = parse_call(attack)
+    spec = AttackSpec.create(
+        name,
+        {"success": success, **bracketed, **params},
+        norm,
+        eps,
+        dimensions=x[0].numel(),
+        search=search,
+        combiner=combiner,
+        seed=attack_seed,
+    )
+    where = resolve_device(device)
+    outcome = attack_model(model, x.float(), y.long(), spec, batch_size=batch_size, device=where, progress=progress)
+    pixels = hashlib.sha256(x.detach().cpu().contiguous().numpy().tobytes() + y.cpu().numpy().tobytes()).hexdigest()
+    blank = Record(
+        key=cell_key(weights_hash(model), spec, pixels[:16]),
+        dataset="custom",
+        train_seed=None,
+        training={},
+        n=len(x),
+        **_model_fields(model),
+        **attack_fields(spec),
+    )
+    source = provenance(
+        where, protocol=None, attack_seed=attack_seed, batch_size=batch_size, search=search, subset_checksum=pixels[:16]
+    )
+    return fill_in(dataclasses.replace(blank, provenance=source), outcome, list(range(len(x))))
+
+
+def evaluate_cell(
+    defense: EnsembleDefense,
+    cell: Cell,
+    test: Split,
+    ids: Tensor,
+    *,
+    device: str,
+    batch_size: int,
+    checkpoint: str,
+    protocol: str | None,
+    prerequisites: Mapping[str, EnsembleDefense] | None = None,
+    progress: Progress | None = None,
+) -> Record:
+    """The record of one cell; ``test`` holds its images, ``ids`` their positions in the whole test set."""
+    outcome = attack_model(
+        defense,
+        test.x(),
+        test.labels,
+        cell.attack,
+        ids=ids,
+        batch_size=batch_size,
+        device=device,
+        prerequisites=prerequisites,
+        progress=progress,
+    )
+    record = blank_record(cell, protocol, checkpoint=checkpoint)
+    source = {**provenance(device), **record.provenance, "batch_size": batch_size}
+    return fill_in(dataclasses.replace(record, provenance=source), outcome, ids.tolist())
+
+
+def blank_record(cell: Cell, protocol: str | None, checkpoint: str | None = None, error: str | None = None) -> Record:
+    """What is known of a cell before it ran, or when it failed."""
+    spec = cell.training
+    return Record(
+        key=cell.key,
+        method=spec.method,
+        hyper=dict(spec.model.hyper),
+        label=spec.model.method_call,
+        dataset=spec.setting.data.name,
+        architecture=spec.model.architecture_call,
+        members=spec.model.members,
+        train_seed=spec.setting.seed,
+        training={
+            "key": spec.key,
+            "norm": spec.setting.norm if spec.attacked else None,
+            "eps": spec.setting.train_eps if spec.attacked else None,
+            "precision": spec.setting.precision,
+            "recipe": dataclasses.asdict(spec.recipe),
+            "deviations": list(METHODS.get(spec.method).deviations),
+            "limit": spec.setting.data.limit,
+        },
+        n=cell.samples,
+        checkpoint=checkpoint,
+        error=error,
+        provenance={
+            "protocol": protocol,
+            "attack_seed": cell.attack.seed,
+            "train_seed": spec.setting.seed,
+            "search": cell.attack.search,
+            "subset_checksum": cell.subset_checksum,
+        },
+        **attack_fields(cell.attack),
+    )
+
+
+def fill_in(record: Record, outcome: Outcome, ids: list[int]) -> Record:
+    """The record with what the attack found."""
+    counted = with_outcomes(record, ids, outcome.clean.int().tolist(), outcome.robust.int().tolist())
+    return dataclasses.replace(
+        counted,
+        seconds=round(outcome.seconds, 3),
+        forwards=outcome.forwards / len(ids),
+        backwards=outcome.backwards / len(ids),
+        flags=_flags(outcome, len(ids)),
+    )
+
+
+def attack_fields(spec: AttackSpec) -> dict[str, Any]:
+    """The fields of a record that describe the attack."""
+    return {
+        "attack": spec.name,
+        "attack_params": dict(spec.params),
+        "attack_label": spec.call,
+        "success": spec.success,
+        "norm": spec.norm,
+        "eps": spec.written if spec.eps is not None else None,
+        "eps_value": spec.eps_value,
+        "combiner": spec.combiner,
+    }
+
+
+def resolve_device(device: str) -> str:
+    """``"auto"`` -> ``"cuda"`` where there is one.
+
+    Raises:
+        UsageError: another name, or CUDA asked for and not there.
+    """
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if device not in ("cpu", "cuda"):
+        raise UsageError(f"unknown device {device!r}; expected auto, cpu or cuda")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UsageError("device is cuda, but PyTorch sees no CUDA device; use --device cpu")
+    return device
+
+
+def weights_hash(model: nn.Module) -> str:
+    """Content key of a state dict: names, shapes and values."""
+    tensors = {
+        name: hashlib.sha256(
+            tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes()
+        ).hexdigest()
+        if tensor.numel()
+        else ""
+        for name, tensor in model.state_dict().items()
+    }
+    spec = model.spec if isinstance(model, EnsembleDefense) else None
+    built = [] if spec is None else [spec.method, spec.hyper, code_hash(type(model))]
+    return content_key([type(model).__qualname__, built, tensors])
+
+
+def _model_fields(model: nn.Module) -> dict[str, Any]:
+    if isinstance(model, EnsembleDefense):
+        spec = model.spec
+        name = spec.method if spec else type(model).__name__
+        return {
+            "method": name,
+            "hyper": dict(spec.hyper) if spec else {},
+            "label": spec.method_call if spec else name,
+            "architecture": spec.architecture_call if spec else "custom",
+            "members": len(model.members),
+        }
+    name = type(model).__name__
+    return {"method": name, "hyper": {}, "label": name, "architecture": "custom", "members": 1}
+
+
+def _flags(outcome: Outcome, n: int) -> list[dict[str, Any]]:
+    flags = []
+    if outcome.unconfirmed:
+        flags.append(
+            {
+                "flag": "recount",
+                "severity": "masking",
+                "value": outcome.unconfirmed / n,
+                "threshold": 0.0,
+                "meaning": "a fresh pass at another batch size did not confirm some successes: predictions "
+                "depend on the batch or are random",
+                "action": "make predict deterministic per image",
+            }
+        )
+    if outcome.nonfinite:
+        flags.append(
+            {
+                "flag": "nonfinite",
+                "severity": "masking",
+                "value": outcome.nonfinite / n,
+                "threshold": 0.0,
+                "meaning": "predict returned NaN or infinity under attack; such images count as fooled",
+                "action": "combine members in log space (ensdef.combine)",
+            }
+        )
+    return flags

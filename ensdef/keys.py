@@ -1,0 +1,25 @@
+"""Canonical text and content keys, and calls with only what differs from the defaults."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Mapping
+from typing import Any
+
+
+def canonical(value: Any) -> str:
+    """JSON with sorted keys and no spaces: equal values give equal text."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
+
+
+def content_key(value: Any) -> str:
+    """SHA-256 of the canonical JSON, 64 hex digits."""
+    return hashlib.sha256(canonical(value).encode()).hexdigest()
+
+
+def non_default(cls: Any, params: Mapping[str, Any]) -> dict[str, Any]:
+    """The parameters whose values are not the dataclass's defaults, in its order."""
+    defaults = dataclasses.asdict(cls())
+    return {key: value for key, value in params.items() if defaults[key] != value}

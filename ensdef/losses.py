@@ -1,0 +1,38 @@
+"""Per-example losses shared by defences and attacks: scores (B, C) and labels (B,) -> (B,)."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def cross_entropy(scores: Tensor, y: Tensor) -> Tensor:
+    """-log softmax(scores)_y, natural log, (B,); scores may be logits or log-probabilities."""
+    return F.cross_entropy(scores, y, reduction="none")
+
+
+def member_cross_entropy(logits: Tensor, y: Tensor) -> Tensor:
+    """Cross-entropy of every member, (K, B, C) and (B,) -> (K, B)."""
+    members, batch, classes = logits.shape
+    return cross_entropy(logits.reshape(-1, classes), y.repeat(members)).view(members, batch)
+
+
+def margin(scores: Tensor, y: Tensor) -> Tensor:
+    """max over wrong classes minus the true class, (B,); positive = fooled.
+
+    The true class is masked with -inf, not with 0: on log-probabilities 0 would always be the largest.
+    """
+    true = scores.gather(1, y[:, None]).squeeze(1)
+    wrong = scores.scatter(1, y[:, None], -torch.inf)
+    return wrong.amax(dim=1) - true
+
+
+def targeted_margin(scores: Tensor, y: Tensor, target: Tensor) -> Tensor:
+    """Target class minus true class, (B,)."""
+    return (scores.gather(1, target[:, None]) - scores.gather(1, y[:, None])).squeeze(1)
+
+
+def entropy(log_probs: Tensor) -> Tensor:
+    """Shannon entropy of log-probabilities over the last dimension, natural log; exact where a probability is 0."""
+    return -(log_probs.exp() * log_probs.clamp_min(-1e4)).sum(dim=-1)

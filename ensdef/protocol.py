@@ -1,0 +1,253 @@
+"""A protocol: which defences meet which attacks on which images. TOML in, training specifications and cells out."""
+
+from __future__ import annotations
+
+import dataclasses
+import tomllib
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from importlib.resources import files
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from ensdef.errors import UsageError, suggest
+from ensdef.notation import NORMS, convert, parse_call, split_list
+
+if TYPE_CHECKING:
+    from ensdef.attack_spec import AttackSpec
+    from ensdef.data import Data
+    from ensdef.specs import Cell
+
+
+@dataclass(frozen=True)
+class AttackColumn:
+    """One attack of a protocol; what is None comes from the protocol or the data set."""
+
+    call: str
+    eps: tuple[str, ...] | None = None
+    norm: str | None = None
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """Everything a run needs to know, before anything is loaded.
+
+    Args:
+        methods: calls such as ``adp[entropy_weight=1]``.
+        attacks: columns; their own eps and norm prevail.
+        eps, norm: for columns that do not say; eps None: the data set's default.
+        train_eps: radius of training; None: the data set's default; ``"eps"``: one training for each attack radius.
+        recipe: overrides of every method's recipe; ``recipes`` the same for one data set.
+    """
+
+    name: str
+    version: int = 1
+    title: str = ""
+    methods: tuple[str, ...] = ()
+    attacks: tuple[AttackColumn, ...] = ()
+    dataset: str = "digits"
+    data_dir: str | None = None
+    image_size: int | None = None
+    limit: int | None = None
+    samples: int | None = None
+    arch: str | None = None
+    members: int = 3
+    epochs: int | None = None
+    norm: str = "linf"
+    eps: tuple[str, ...] | None = None
+    train_eps: str | None = None
+    precision: Literal["fp32", "bf16"] = "fp32"
+    seeds: tuple[int, ...] = (0,)
+    attack_seed: int = 0
+    combiner: str = "native"
+    search: str = "fp32"
+    recipe: Mapping[str, Any] = field(default_factory=dict)
+    recipes: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+
+    @property
+    def id(self) -> str:
+        """Name and version, written into the records of a run that changes nothing of the protocol."""
+        return f"{self.name}-v{self.version}"
+
+
+def protocol_names() -> list[str]:
+    """The protocols that ship with the package."""
+    return sorted(
+        path.name.removesuffix(".toml") for path in files("ensdef.benchmarks").iterdir() if path.name.endswith(".toml")
+    )
+
+
+def load_protocol(name: str) -> Protocol:
+    """A shipped protocol by name, or a TOML file by path.
+
+    Raises:
+        UsageError: no such protocol, no TOML, or a key that protocols do not have.
+    """
+    if name.endswith(".toml"):
+        path = Path(name)
+        if not path.is_file():
+            raise UsageError(f"no protocol file {name}")
+        try:
+            text, stem = path.read_text(encoding="utf-8"), path.stem
+        except (OSError, UnicodeDecodeError) as error:
+            raise UsageError(f"protocol {name} cannot be read: {error}") from error
+    else:
+        if name not in protocol_names():
+            raise UsageError(suggest("protocol", name, protocol_names()))
+        text, stem = files("ensdef.benchmarks").joinpath(f"{name}.toml").read_text(encoding="utf-8"), name
+    try:
+        return parse_protocol(tomllib.loads(text), stem)
+    except tomllib.TOMLDecodeError as error:
+        raise UsageError(f"protocol {name}: {error}") from error
+
+
+def parse_protocol(content: Mapping[str, Any], name: str) -> Protocol:
+    """A protocol from its parsed TOML."""
+    content = dict(content)
+    known = {item.name for item in dataclasses.fields(Protocol)} - {"name"}
+    if unknown := sorted(set(content) - known):
+        raise UsageError(f"protocol {name} has no key {unknown[0]!r}; it has: {', '.join(sorted(known))}")
+    _check_types(content, f"protocol {name}")
+    columns = []
+    for column in content.pop("attacks", ()):
+        entry = {"call": column} if isinstance(column, str) else column
+        if not isinstance(entry, Mapping) or not {"call"} <= set(entry) <= {"call", "eps", "norm"}:
+            raise UsageError(f"protocol {name}: an attack is a text or a table with call, eps and norm, got {entry}")
+        _check_norm(entry.get("norm", "linf"), f"protocol {name}: {entry['call']}")
+        columns.append(AttackColumn(str(entry["call"]), _texts(entry.get("eps")), entry.get("norm")))
+    content["eps"] = _texts(content.get("eps"))
+    return Protocol(name=name, attacks=tuple(columns), **content)
+
+
+def _check_types(content: dict[str, Any], owner: str) -> None:
+    """Read every value as its field's type, in place; lists must be lists and tables tables."""
+    hints = typing.get_type_hints(Protocol)
+    for key, value in content.items():
+        what = f"{owner}: {key}"
+        if key in ("methods", "attacks", "seeds") and not isinstance(value, list):
+            raise UsageError(f"{what} is {value!r}; expected a list")
+        if key in ("recipe", "recipes"):
+            tables = value.values() if key == "recipes" and isinstance(value, Mapping) else [value]
+            if not all(isinstance(table, Mapping) for table in tables):
+                raise UsageError(f"{what} is {value!r}; expected a table of training settings")
+        elif key not in ("attacks", "eps"):
+            content[key] = convert(value, hints[key], what)
+    for key, numbers in (("seeds", content.get("seeds", ())), ("attack_seed", (content.get("attack_seed", 0),))):
+        if any(number < 0 for number in numbers):
+            raise UsageError(f"{owner}: {key} has {min(numbers)}; expected whole numbers of at least 0")
+    _check_norm(content.get("norm", "linf"), owner)
+
+
+def _check_norm(norm: Any, owner: str) -> None:
+    if norm not in NORMS:
+        raise UsageError(f"{owner}: unknown norm {norm!r}; expected one of {', '.join(NORMS)}")
+
+
+def _texts(value: Any) -> tuple[str, ...] | None:
+    if value is None:
+        return None
+    return tuple(str(item) for item in (value if isinstance(value, list | tuple) else [value]))
+
+
+def plan(protocol: Protocol) -> tuple[list[Cell], Data]:
+    """Every cell of a protocol, checked: names, parameters, radii, data, and that each defence can be built.
+
+    Raises:
+        UsageError: before anything is trained, naming what was expected.
+    """
+    from ensdef.attack_spec import AttackSpec
+    from ensdef.loading import attacked_subset, find_data
+    from ensdef.registry import ATTACKS, DATASETS, METHODS
+    from ensdef.specs import Cell, Setting, TrainSpec
+
+    methods = [parse_call(call) for call in protocol.methods]
+    columns = [(parse_call(column.call), column) for column in protocol.attacks]
+    if not methods or not columns or not protocol.seeds:
+        raise UsageError(f"protocol {protocol.name} has no {'methods' if not methods else 'attacks or seeds'}")
+    for registry, names in ((METHODS, [name for name, _ in methods]), (ATTACKS, [call[0] for call, _ in columns])):
+        for name in names:
+            registry.get(name)
+    source = DATASETS.get(protocol.dataset)
+
+    def radii(column: AttackColumn) -> tuple[str, ...]:
+        return column.eps or protocol.eps or (source.eps[column.norm or protocol.norm],)
+
+    # once without the data, so that a misspelt parameter is refused before a data set is read
+    for (name, params), column in columns:
+        for eps in radii(column):
+            AttackSpec.create(
+                name,
+                params,
+                column.norm or protocol.norm,
+                eps,
+                search=protocol.search,
+                combiner=protocol.combiner,
+                seed=protocol.attack_seed,
+            )
+    data, data_spec = find_data(protocol.dataset, protocol.data_dir, protocol.image_size, protocol.limit)
+    test, _ = attacked_subset(data, protocol.samples)
+    checksum = test.checksum()
+    recipe = {**protocol.recipe, **protocol.recipes.get(protocol.dataset, {})}
+    if protocol.epochs is not None:
+        recipe["epochs"] = protocol.epochs
+    cells: dict[str, Cell] = {}
+    for name, hyper in methods:
+        for seed in protocol.seeds:
+            for (attack, params), column in columns:
+                norm = column.norm or protocol.norm
+                for eps in radii(column):
+                    train_eps = source.eps[protocol.norm] if protocol.train_eps is None else protocol.train_eps
+                    setting = Setting(
+                        data_spec,
+                        source.architecture if protocol.arch is None else protocol.arch,
+                        protocol.members,
+                        norm if train_eps == "eps" else protocol.norm,
+                        eps if train_eps == "eps" else train_eps,
+                        recipe,
+                        protocol.precision,
+                        seed,
+                    )
+                    spec = AttackSpec.create(
+                        attack,
+                        params,
+                        norm,
+                        eps,
+                        dimensions=data_spec.dimensions,
+                        search=protocol.search,
+                        combiner=protocol.combiner,
+                        seed=protocol.attack_seed,
+                    )
+                    cell = Cell(TrainSpec.create(name, hyper, setting), spec, len(test), checksum)
+                    cells[cell.key] = cell
+    _rehearse(list(cells.values()), data)
+    return list(cells.values()), data
+
+
+def _rehearse(cells: list[Cell], data: Data) -> None:
+    """Build every defence once and look at its scores, so that a broken one is refused before any training."""
+    from ensdef.registry import ATTACKS
+    from ensdef.rehearsal import rehearse
+    from ensdef.scores import check_scores
+
+    x = data.test.x(slice(0, 4))
+    attacks: dict[str, list[AttackSpec]] = {cell.training.key: [] for cell in cells}
+    for cell in cells:
+        attacks[cell.training.key].append(cell.attack)
+    for training in {cell.training.key: cell.training for cell in cells}.values():
+        for spec in (training, *training.prerequisites.values()):
+            defense, scores = rehearse(spec.model, x)
+            check_scores(scores, len(x), f"{spec.method}.predict", spec.model.num_classes)
+            if spec is training:
+                for attack in attacks[training.key]:
+                    ATTACKS.get(attack.name)(attack.params_object).fits([*defense.views(), "predict"])
+
+
+def with_methods(protocol: Protocol, text: str) -> Protocol:
+    """The protocol with the methods of a ``--method`` list."""
+    return dataclasses.replace(protocol, methods=tuple(split_list(text)))
+
+
+def with_attacks(protocol: Protocol, text: str) -> Protocol:
+    """The protocol with the attacks of an ``--attack`` list."""
+    return dataclasses.replace(protocol, attacks=tuple(AttackColumn(call) for call in split_list(text)))

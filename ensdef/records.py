@@ -1,0 +1,183 @@
+"""What one cell gave: a JSON file named by its content key, with the outcome of every image. No torch here."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import tempfile
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ensdef.errors import UsageError
+from ensdef.metrics import binomial_stderr, fraction_of
+
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Record:
+    """The result of one attack on one defence.
+
+    Accuracies are fractions in [0, 1]; ``stderr`` is the binomial standard error of ``robust_accuracy``; ``seconds``
+    is the attack's wall time; ``forwards`` and ``backwards`` are the attack's member passes per example (one pass of
+    three members is 3; the clean pass and the recount are not counted). ``outcomes`` holds 0/1 lists by image:
+    ``ids`` (positions in the test set), ``clean`` (right on the clean image), ``robust`` (right on clean and on every
+    point the attack offered). A cell that failed has ``error`` and no accuracies.
+    """
+
+    key: str
+    method: str
+    hyper: Mapping[str, Any]
+    label: str
+    dataset: str
+    architecture: str
+    members: int
+    train_seed: int | None
+    training: Mapping[str, Any]
+    attack: str
+    attack_params: Mapping[str, Any]
+    attack_label: str
+    success: str
+    norm: str | None
+    eps: str | None
+    eps_value: float | None
+    combiner: str
+    n: int
+    clean_accuracy: float | None = None
+    robust_accuracy: float | None = None
+    stderr: float | None = None
+    seconds: float = 0.0
+    forwards: float = 0.0
+    backwards: float = 0.0
+    flags: list[dict[str, Any]] = field(default_factory=list)
+    checkpoint: str | None = None
+    path: str | None = None
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+    outcomes: Mapping[str, list[int]] = field(default_factory=dict)
+    error: str | None = None
+
+    def summary(self) -> dict[str, Any]:
+        """The record without its per-example outcomes, as ``--json`` prints it."""
+        return {key: value for key, value in dataclasses.asdict(self).items() if key != "outcomes"}
+
+    def to_json(self) -> str:
+        """The whole record; keys sorted, lists of outcomes on one line."""
+        body = {"format": FORMAT, **self.summary(), "path": None}
+        text = json.dumps(body, indent=1, sort_keys=True, allow_nan=False)
+        lists = json.dumps({name: list(values) for name, values in self.outcomes.items()}, separators=(",", ":"))
+        return text[:-2] + ',\n "outcomes": ' + lists + "\n}\n"
+
+    @classmethod
+    def from_json(cls, text: str, path: Path | None = None) -> Record:
+        """Inverse of :meth:`to_json`.
+
+        Raises:
+            UsageError: no JSON, no record, another format, or numbers that contradict the outcomes.
+        """
+        where = f"{path}: " if path else ""
+        try:
+            body = json.loads(text)
+        except ValueError as error:
+            raise UsageError(f"{where}no JSON ({error}); delete the file to have it computed again") from error
+        if not isinstance(body, dict) or body.get("format") != FORMAT:
+            raise UsageError(f"{where}no record of format {FORMAT}; delete the file to have it computed again")
+        names = {field.name for field in dataclasses.fields(cls)}
+        try:
+            record = cls(
+                **{
+                    **{name: value for name, value in body.items() if name in names},
+                    "path": str(path) if path else None,
+                }
+            )
+        except TypeError as error:
+            raise UsageError(
+                f"{where}incomplete record ({error}); delete the file to have it computed again"
+            ) from error
+        record._check(where)
+        return record
+
+    def _check(self, where: str) -> None:
+        if self.error is not None:
+            return
+        for name, accuracy in (("clean", self.clean_accuracy), ("robust", self.robust_accuracy)):
+            flags = self.outcomes.get(name, [])
+            if len(flags) != self.n or not flags or not {*flags} <= {0, 1} or fraction_of(flags) != accuracy:
+                raise UsageError(
+                    f"{where}{name}_accuracy {accuracy} over n={self.n} contradicts the outcomes; "
+                    "delete the file to have it computed again"
+                )
+        told = ""
+        if len(set(self.outcomes.get("ids", []))) != self.n:
+            told = f"n={self.n} contradicts the outcomes, which have other ids"
+        elif any(robust > clean for clean, robust in zip(self.outcomes["clean"], self.outcomes["robust"], strict=True)):
+            told = "an image that is robust but not right contradicts the outcomes"
+        elif self.stderr != binomial_stderr(float(self.robust_accuracy or 0), self.n):
+            told = f"stderr {self.stderr} contradicts the outcomes"
+        if told:
+            raise UsageError(f"{where}{told}; delete the file to have it computed again")
+
+
+def with_outcomes(record: Record, ids: list[int], clean: list[int], robust: list[int]) -> Record:
+    """A record whose accuracies and standard error are counted from the outcomes."""
+    accuracy = fraction_of(robust)
+    return dataclasses.replace(
+        record,
+        n=len(ids),
+        clean_accuracy=fraction_of(clean),
+        robust_accuracy=accuracy,
+        stderr=binomial_stderr(accuracy, len(ids)),
+        outcomes={"ids": ids, "clean": clean, "robust": robust},
+    )
+
+
+class Store:
+    """The records of one results folder: ``records/<dataset>/<method>/<attack>-<key>.json``."""
+
+    def __init__(self, results: Path) -> None:
+        self.folder = results / "records"
+
+    def path(self, dataset: str, method: str, attack: str, key: str) -> Path:
+        """Where the record of this cell lives."""
+        return self.folder / dataset / method / f"{attack}-{key[:16]}.json"
+
+    def read(self, path: Path) -> Record | None:
+        """The finished record at ``path``; None if there is none. A failed cell counts as not there."""
+        if not path.is_file():
+            return None
+        record = Record.from_json(path.read_text(encoding="utf-8"), path)
+        return None if record.error is not None else record
+
+    def write(self, record: Record) -> Record:
+        """Store a record, whole or not at all; returns it with its path."""
+        path = self.path(record.dataset, record.method, record.attack, record.key)
+        write_text(path, record.to_json())
+        return dataclasses.replace(record, path=str(path))
+
+    def all(self) -> Iterator[Record]:
+        """Every record, failed ones included, in the order of their paths."""
+        for path in sorted(self.folder.glob("*/*/*.json")):
+            yield Record.from_json(path.read_text(encoding="utf-8"), path)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file atomically: a temporary neighbour, renamed over the target."""
+    write_bytes(path, text.encode())
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write a whole file or none of it: a temporary neighbour, flushed, then renamed over the target."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(name, 0o644)
+        os.replace(name, path)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise

@@ -1,0 +1,156 @@
+"""Trains what is missing, attacks what is missing, writes records: the flow behind ``bench`` and ``run``."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from ensdef.checkpoints import checkpoint_folder, is_complete, load_checkpoint, save_checkpoint, save_last_good
+from ensdef.errors import CheckpointError, DataError, TrainingDiverged, UsageError
+from ensdef.evaluation import blank_record, evaluate_cell
+from ensdef.loading import attacked_subset, reload_data
+from ensdef.progress import Progress
+from ensdef.provenance import provenance
+from ensdef.records import Record, Store
+from ensdef.specs import Cell, TrainSpec
+from ensdef.training import train
+
+
+@dataclass(frozen=True)
+class Run:
+    """Where and how cells are run; nothing here may change a result.
+
+    Args:
+        results: folder for records and checkpoints.
+        device: ``"cpu"`` or ``"cuda"``.
+        batch_size: rows an attack pass.
+        protocol: id written into new records.
+    """
+
+    results: Path
+    device: str = "cpu"
+    batch_size: int = 128
+    protocol: str | None = None
+
+
+def check_writable(results: Path) -> None:
+    """Refuse a results folder that cannot be written, before any work.
+
+    Raises:
+        UsageError: it cannot be created, or files in it cannot be.
+    """
+    probe = results / ".write-test"
+    try:
+        results.mkdir(parents=True, exist_ok=True)
+        probe.write_text("")
+        probe.unlink()
+    except OSError as error:
+        raise UsageError(
+            f"results folder {results} cannot be written ({error.strerror}); choose another with --results"
+        ) from error
+
+
+def find_record(cell: Cell, results: Path) -> Record | None:
+    """The finished record of a cell, if there is one."""
+    store = Store(results)
+    data = cell.training.setting.data.name
+    record = store.read(store.path(data, cell.training.method, cell.attack.name, cell.key))
+    # the same radius may have been written in another way when the record was made
+    return None if record is None else dataclasses.replace(record, eps=cell.attack.written)
+
+
+def preflight(cells: Iterable[Cell], results: Path) -> None:
+    """Read every record and checkpoint that a run will rely on, before anything is trained.
+
+    Raises:
+        UsageError: a record is damaged.
+        CheckpointError: a checkpoint is truncated, a pickle, or belongs to another architecture.
+    """
+    seen: set[str] = set()
+    for cell in cells:
+        if find_record(cell, results) is None:
+            for spec in (cell.training, *cell.prerequisites.values()):
+                _check_checkpoint(spec, results, seen)
+
+
+def _check_checkpoint(spec: TrainSpec, results: Path, seen: set[str]) -> None:
+    folder = checkpoint_folder(results, spec)
+    if spec.key not in seen and is_complete(folder, spec):
+        load_checkpoint(folder)
+    seen.add(spec.key)
+    for needed in spec.prerequisites.values():
+        _check_checkpoint(needed, results, seen)
+
+
+def run_cells(cells: Iterable[Cell], run: Run, progress: Progress | None = None) -> list[Record]:
+    """Every cell's record, in order; a cell that fails gives a record with ``error`` and stops nobody else."""
+    progress = progress or Progress()
+    failures: dict[str, str] = {}
+    return [find_record(cell, run.results) or run_cell(cell, run, progress, failures) for cell in cells]
+
+
+def run_cell(cell: Cell, run: Run, progress: Progress, failures: dict[str, str]) -> Record:
+    """Train if need be, attack, write; ``failures`` remembers trainings that failed, by key."""
+    store = Store(run.results)
+    try:
+        if cell.training.key in failures:
+            raise RuntimeError(failures[cell.training.key])
+        try:
+            ensure_trained(cell.training, run, progress)
+            surrogates = {
+                role: load_checkpoint(ensure_trained(needed, run, progress))
+                for role, needed in cell.prerequisites.items()
+            }
+        except Exception as error:
+            failures[cell.training.key] = describe(error)
+            raise
+        folder = checkpoint_folder(run.results, cell.training)
+        test, ids = attacked_subset(reload_data(cell.training.setting.data), cell.samples)
+        record = evaluate_cell(
+            load_checkpoint(folder),
+            cell,
+            test,
+            ids,
+            device=run.device,
+            batch_size=run.batch_size,
+            checkpoint=str(folder),
+            protocol=run.protocol,
+            prerequisites=surrogates,
+            progress=progress,
+        )
+    except (CheckpointError, DataError):
+        raise  # what the user keeps on disk is not as it should be: every cell that needs it would fail alike
+    except Exception as error:
+        record = blank_record(cell, run.protocol, error=describe(error))
+        record = dataclasses.replace(record, provenance={**provenance(run.device), **record.provenance})
+        progress.message(f"failed: {record.label} under {record.attack_label}: {record.error}")
+    return store.write(record)
+
+
+def describe(error: Exception) -> str:
+    """One line for a record: the kind of error and its message."""
+    told = isinstance(error, UsageError | RuntimeError)
+    return str(error) if told else f"{type(error).__name__}: {error}"
+
+
+def ensure_trained(spec: TrainSpec, run: Run, progress: Progress) -> Path:
+    """Train a specification and its prerequisites unless their checkpoints exist; returns the folder.
+
+    Raises:
+        TrainingDiverged: a loss term became NaN or infinite; the last good epoch is in the folder.
+    """
+    folder = checkpoint_folder(run.results, spec)
+    if is_complete(folder, spec):
+        return folder
+    prerequisites = {
+        role: load_checkpoint(ensure_trained(needed, run, progress)) for role, needed in spec.prerequisites.items()
+    }
+    try:
+        trained = train(spec, reload_data(spec.setting.data), prerequisites, device=run.device, progress=progress)
+    except TrainingDiverged as error:
+        kept = save_last_good(folder, error.last_good, spec, str(error))
+        raise TrainingDiverged(f"{error} (weights of the last good epoch: {kept})") from error
+    save_checkpoint(folder, trained.defense, spec, {**trained.report, "provenance": provenance(run.device)})
+    return folder

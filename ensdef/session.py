@@ -1,0 +1,237 @@
+"""One attack on one set of images: the queue that keeps batches full, and the place where success is judged.
+
+Images whose clean prediction is right enter a queue of (image, run) items; a batch is kept full from it. After every
+step a row that the search model takes for fooled is put aside, judged on the true model in a batch of such rows, and
+goes back if it was not. A row at its last step is judged the same way; then the image's next run is queued. Nothing
+depends on how rows meet in a batch: random numbers are keyed by image, and normalisation runs on stored statistics.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ensdef.attack import Attack, IterativeAttack, State, WholeAttack
+from ensdef.attack_spec import AttackSpec
+from ensdef.errors import AttackError
+from ensdef.progress import Advance, Progress
+from ensdef.rng import KeyedRandom
+from ensdef.rows import SMALLEST_BATCH, Rows, finish, padding
+from ensdef.target import Target
+from ensdef.threat import Threat
+
+#: Slack of the ball check, for the rounding of x + delta in float32.
+BALL_SLACK = 1e-6
+
+
+class Session:
+    """One attack on one set of images; ``run`` may be called again with another search model for the survivors."""
+
+    def __init__(
+        self,
+        attack: Attack,
+        spec: AttackSpec,
+        judge: Target,
+        x: Tensor,
+        y: Tensor,
+        ids: Tensor,
+        batch_size: int,
+        num_classes: int,
+    ) -> None:
+        self.spec = spec
+        self.attack = attack
+        self.threat = Threat(spec.norm, spec.eps_value or 0.0)
+        #: what iterates are kept inside of: shortest-perturbation attacks are compared with eps, not projected
+        self.bound = self.threat if self.attack.budget == "eps" else Threat(None, 0.0)
+        self.judge = judge
+        self.num_classes = num_classes
+        self.x, self.y, self.ids = x, y, ids
+        self.batch_size = max(batch_size, SMALLEST_BATCH)
+        self.x_adv = x.clone()
+        self.fooled = torch.zeros(len(x), dtype=torch.bool, device=x.device)
+        self.forwards = self.backwards = self.nonfinite = 0
+
+    def run(self, target: Target, alive: Tensor, progress: Progress, note: str) -> None:
+        """Attack the images at positions ``alive``."""
+        title = f"attack {self.spec.call} eps {self.spec.written or '-'}{note}"
+        if isinstance(self.attack, WholeAttack):
+            with progress.task(title, len(alive)) as advance:
+                self._run_whole(self.attack, target, alive, advance)
+        else:
+            assert isinstance(self.attack, IterativeAttack)
+            runs = self.attack.runs(self.num_classes)
+            with progress.task(title, len(alive) * runs) as advance:
+                self._run_iterative(self.attack, target, alive, runs, advance)
+        self.forwards += target.passes.forwards
+        self.backwards += target.passes.backwards
+
+    def _run_whole(self, attack: WholeAttack, target: Target, alive: Tensor, advance: Advance) -> None:
+        for rows in alive.split(attack.batch_size):
+            x, y = self.x[rows], self.y[rows]
+            with torch.random.fork_rng():
+                x_adv = attack.perturb(target, x, y, self.threat, KeyedRandom(self.spec.seed, self.ids[rows]))
+            target.forget()
+            candidate = self._checked(x_adv, x)
+            self._judge(Rows(rows, rows, rows, torch.ones_like(rows, dtype=torch.bool), x, y, candidate, candidate))
+            advance(len(rows))
+
+    def _run_iterative(
+        self, attack: IterativeAttack, target: Target, alive: Tensor, runs: int, advance: Advance
+    ) -> None:
+        waiting = deque((int(index), 0) for index in alive)
+        active: list[Rows] = []
+        aside: list[Rows] = []
+        while waiting or active or aside:
+            count = sum(map(len, active))
+            room = self.batch_size - count
+            # refilling by small portions would cost more in copies than the gaps cost in passes
+            if waiting and (room >= self.batch_size // 4 or not count):
+                taken = [waiting.popleft() for _ in range(min(room, len(waiting)))]
+                active.append(self._start(attack, target, taken))
+            rows = Rows.join(active) if active else None
+            active = []
+            if rows is not None:
+                done = rows.step >= attack.steps
+                if bool(done.any()):  # an attack of no steps is judged where it starts
+                    aside.append(finish(rows.select(done)))
+                    rows = rows.select(~done)
+                # rows that came back from judgement may be more than a batch
+                for part in self._split(rows) if len(rows) > self.batch_size else [rows] if len(rows) else []:
+                    part, claimed = self._advance(attack, target, part)
+                    aside += claimed
+                    if len(part):
+                        active.append(part)
+            held, busy = sum(map(len, aside)), sum(map(len, active))
+            # rows put aside are judged in full batches, or sooner when only their next runs could fill the batch
+            starved = not waiting and (not busy or (busy <= 3 * self.batch_size // 4 and held >= SMALLEST_BATCH))
+            if held >= self.batch_size or starved:
+                for part in self._split(Rows.join(aside)) if aside else ():
+                    again, ended = self._settle(part, runs, waiting, advance)
+                    active += again
+                    advance(0, f"{ended} judged, {int(self.fooled.sum())} fooled")
+                aside = []
+
+    def _start(self, attack: IterativeAttack, target: Target, items: list[tuple[int, int]]) -> Rows:
+        index, run = torch.tensor(items, device=self.x.device).unbind(1)
+        x, y = self.x[index].contiguous(memory_format=_layout(target, self.x)), self.y[index]
+        rng = KeyedRandom(self.spec.seed, self.ids[index], run)
+        target.passes.share = 1.0
+        # copies: an attack may keep what it is given in its state, and write there
+        state = dict(attack.start(target, x.clone(), y.clone(), self.threat, rng))
+        target.forget()
+        x_adv = self._checked(state.pop("x_adv", x), x)
+        zeros = torch.zeros_like(index)
+        return Rows(index, run, zeros, zeros.bool(), x, y, x_adv, x_adv, self._kept(state, len(x)))
+
+    def _advance(self, attack: IterativeAttack, target: Target, rows: Rows) -> tuple[Rows, list[Rows]]:
+        """One step: the rows that go on, and those to be judged."""
+        count = len(rows)
+        padded = rows.select(padding(rows)) if count < SMALLEST_BATCH else rows
+        target.passes.share = count / len(padded)
+        rng = KeyedRandom(self.spec.seed, self.ids[padded.index], padded.run, padded.step + 1)
+        given = (padded.x_adv, padded.y)
+        versions = [tensor._version for tensor in given]
+        x_adv, state = attack.step(target, padded.x_adv, padded.y, padded.state, self.threat, rng)
+        if versions != [tensor._version for tensor in given]:
+            raise AttackError(f"{self.spec.name} wrote into the points or labels it was given; return new points")
+        x_adv = self._checked(x_adv, padded.x)
+        scores = None
+        if self.spec.success == "any":
+            scores = target.scores_at(padded.x_adv)
+            if scores is None:
+                with torch.no_grad():
+                    scores = target(padded.x_adv)
+        target.forget()
+        moved = Rows(
+            padded.index,
+            padded.run,
+            padded.step + 1,
+            padded.final,
+            padded.x,
+            padded.y,
+            x_adv,
+            padded.x_adv.detach(),
+            self._kept(state, len(padded)),
+        )
+        claim = torch.zeros_like(moved.final) if scores is None else _claims(scores, moved.y)
+        done = moved.step >= attack.steps
+        if count < len(moved):
+            real = torch.arange(count, device=moved.index.device)
+            moved, claim, done = moved.select(real), claim[:count], done[:count]
+        aside = [moved.select(claim)] if bool(claim.any()) else []
+        finished = done & ~claim
+        if bool(finished.any()):
+            aside.append(finish(moved.select(finished)))
+        leaving = claim | done
+        return (moved.select(~leaving) if bool(leaving.any()) else moved), aside
+
+    def _settle(
+        self, rows: Rows, runs: int, waiting: deque[tuple[int, int]], advance: Advance
+    ) -> tuple[list[Rows], int]:
+        """Judge rows on the true model; returns those that go on, and how many ended."""
+        fooled = self._judge(rows)
+        ended = int(fooled.sum())
+        for run in rows.run[fooled].tolist():
+            advance(runs - run)
+        unconfirmed = rows.select(~fooled & ~rows.final)
+        over = rows.select(~fooled & rows.final)
+        for index, run in zip(over.index.tolist(), over.run.tolist(), strict=True):
+            advance(1)
+            if run + 1 < runs:
+                waiting.append((index, run + 1))
+            else:
+                ended += 1
+        return [unconfirmed] if len(unconfirmed) else [], ended
+
+    def _judge(self, rows: Rows) -> Tensor:
+        """Whether the candidates fool the true model, (B,); remembers the points."""
+        count = len(rows)
+        padded = padding(rows)
+        self.judge.passes.share = count / len(padded)
+        with torch.no_grad():
+            scores = self.judge(rows.candidate[padded].contiguous())[:count]
+        self.judge.forget()
+        self.nonfinite += int((~torch.isfinite(scores).all(dim=1)).sum())
+        fooled = _claims(scores, rows.y)
+        if self.attack.budget == "min_norm":
+            fooled &= self.threat.distance(rows.candidate, rows.x) <= self.threat.eps + BALL_SLACK
+        keep = fooled if self.attack.budget == "min_norm" else fooled | rows.final
+        self.x_adv[rows.index[keep]] = rows.candidate[keep].contiguous()
+        self.fooled[rows.index] |= fooled
+        return fooled
+
+    def _split(self, rows: Rows) -> list[Rows]:
+        order = torch.arange(len(rows), device=rows.index.device)
+        return [rows.select(part) for part in order.split(self.batch_size)]
+
+    def _kept(self, state: State, count: int) -> State:
+        """Memory by image, without gradient, or an error that names the attack."""
+        for name, value in state.items():
+            if not isinstance(value, Tensor) or value.dim() == 0 or len(value) != count:
+                came = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+                raise AttackError(
+                    f"{self.spec.name}: state {name!r} is {came}; expected one row for each of {count} images"
+                )
+        return {name: value.detach() for name, value in state.items()}
+
+    def _checked(self, x_adv: Any, x: Tensor) -> Tensor:
+        """Inside ball and box, or an error that names the attack."""
+        if not isinstance(x_adv, Tensor) or x_adv.shape != x.shape:
+            came = tuple(x_adv.shape) if isinstance(x_adv, Tensor) else type(x_adv).__name__
+            raise AttackError(f"{self.spec.name} returned {came} where points of shape {tuple(x.shape)} were expected")
+        inside = self.bound.project(x_adv.detach(), x)
+        if not bool(torch.isfinite(inside).all()):
+            raise AttackError(f"{self.spec.name} returned NaN; a division by a zero gradient norm is the usual cause")
+        return inside
+
+
+def _layout(target: Target, x: Tensor) -> torch.memory_format:
+    return target.memory_format if x.dim() == 4 else torch.contiguous_format
+
+
+def _claims(scores: Tensor, y: Tensor) -> Tensor:
+    """Whether scores choose another class than the label, or are no numbers, (B,) bool."""
+    return (scores.argmax(dim=1) != y) | ~torch.isfinite(scores).all(dim=1)

@@ -1,0 +1,211 @@
+"""Records to tables: CSV for machines, Markdown for people. A pure function of files; no torch."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ensdef.errors import UsageError, suggest
+from ensdef.metrics import binomial_stderr
+from ensdef.records import Record, write_text
+
+#: Columns of the CSV, numbers as fractions.
+COLUMNS = (
+    "method",
+    "dataset",
+    "architecture",
+    "members",
+    "train_seed",
+    "train_eps",
+    "attack",
+    "norm",
+    "eps",
+    "success",
+    "combiner",
+    "search",
+    "n",
+    "clean_accuracy",
+    "clean_stderr",
+    "robust_accuracy",
+    "robust_stderr",
+    "seconds",
+    "forwards",
+    "backwards",
+    "flags",
+    "error",
+    "protocol",
+    "record",
+)
+
+
+def row(record: Record, results: Path) -> dict[str, Any]:
+    """One record as a CSV row; fractions and numbers stay numbers."""
+    path = Path(record.path) if record.path else None
+    if path is not None and path.is_relative_to(results):
+        path = path.relative_to(results)
+    clean = record.clean_accuracy
+    return {
+        "method": record.label,
+        "dataset": record.dataset,
+        "architecture": record.architecture,
+        "members": record.members,
+        "train_seed": record.train_seed,
+        "train_eps": record.training.get("eps"),
+        "attack": record.attack_label,
+        "norm": record.norm,
+        "eps": record.eps,
+        "success": record.success,
+        "combiner": record.combiner,
+        "search": record.provenance.get("search"),
+        "n": record.n,
+        "clean_accuracy": clean,
+        "clean_stderr": None if clean is None else binomial_stderr(clean, record.n),
+        "robust_accuracy": record.robust_accuracy,
+        "robust_stderr": record.stderr,
+        "seconds": record.seconds,
+        "forwards": record.forwards,
+        "backwards": record.backwards,
+        "flags": " ".join(flag["flag"] for flag in record.flags),
+        "error": record.error,
+        "protocol": record.provenance.get("protocol"),
+        "record": path.as_posix() if path else None,
+    }
+
+
+def csv(records: Sequence[Record], results: Path) -> str:
+    """The records as CSV, one a row."""
+    import pandas as pd
+
+    frame = pd.DataFrame([row(record, results) for record in records], columns=list(COLUMNS))
+    return str(frame.to_csv(index=False, lineterminator="\n"))
+
+
+def markdown(records: Sequence[Record], results: Path, title: str = "") -> str:
+    """The records as a Markdown table in percent, footnotes for flags and failures below."""
+    from tabulate import tabulate
+
+    rows, notes = [], []
+    for record in records:
+        marks = ""
+        for text in [flag_note(flag) for flag in record.flags] + ([f"failed: {record.error}"] if record.error else []):
+            if text not in notes:
+                notes.append(text)
+            marks += f" [{notes.index(text) + 1}]"
+        rows.append(
+            {
+                "method": record.label,
+                "data": record.dataset,
+                "arch": f"{record.members} x {record.architecture}",
+                "seed": record.train_seed,
+                "attack": record.attack_label + ("" if record.combiner == "native" else f" on {record.combiner}"),
+                "norm": record.norm or "-",
+                "eps": record.eps or "-",
+                "clean %": percent(record.clean_accuracy, record.n),
+                "robust %": percent(record.robust_accuracy, record.n) + marks,
+                "n": record.n,
+                "time s": f"{record.seconds:.1f}",
+                "record": row(record, results)["record"],
+            }
+        )
+    table = tabulate(rows, headers="keys", tablefmt="github", disable_numparse=True)
+    head = f"# {title}\n\n" if title else ""
+    foot = "".join(f"\n\n[{index}] {note}" for index, note in enumerate(notes, start=1))
+    departures = {(record.method, text): None for record in records for text in record.training.get("deviations", ())}
+    if departures:
+        foot += "\n\nWhere methods depart from their papers or released code:\n"
+        foot += "".join(f"\n- {method}: {text}" for method, text in departures)
+    legend = "\n\nAccuracy in percent ± binomial standard error over n test images."
+    return f"{head}{table}{legend}{foot}\n"
+
+
+def flag_note(flag: dict[str, Any]) -> str:
+    """A health finding as a footnote."""
+    return f"{flag['flag']} ({flag['severity']}, {flag['value']:.4f}): {flag['meaning']}"
+
+
+def percent(accuracy: float | None, n: int) -> str:
+    """``67.2 ± 2.1``; a dash where there is no number."""
+    if accuracy is None:
+        return "-"
+    return f"{100 * accuracy:.1f} ± {100 * binomial_stderr(accuracy, n):.1f}"
+
+
+class Manifests:
+    """Which cells make up which table: ``manifests/<name>.json``, written by the run, read by ``ensdef table``."""
+
+    def __init__(self, results: Path) -> None:
+        self.results = results
+        self.folder = results / "manifests"
+
+    def names(self) -> list[str]:
+        return sorted(path.stem for path in self.folder.glob("*.json"))
+
+    def write(self, name: str, title: str, records: Sequence[Record], *, extend: bool) -> None:
+        """Remember the records of a table; ``extend`` keeps those that were there before."""
+        paths = self._read(name)["records"] if extend and name in self.names() else []
+        for record in records:
+            path = Path(str(record.path)).relative_to(self.results).as_posix()
+            if path not in paths:
+                paths.append(path)
+        write_text(self.folder / f"{name}.json", json.dumps({"title": title, "records": paths}, indent=1) + "\n")
+
+    def read(self, name: str) -> tuple[str, list[Record]]:
+        """Title and records of a table.
+
+        Raises:
+            UsageError: no such table, or a record is missing.
+        """
+        content = self._read(name)
+        records = []
+        for relative in content["records"]:
+            path = self.results / relative
+            if not path.resolve().is_relative_to(self.results.resolve()) or not path.is_file():
+                raise UsageError(f"table {name}: record {relative} is missing; run the protocol again")
+            records.append(Record.from_json(path.read_text(encoding="utf-8"), path))
+        return str(content["title"]), records
+
+    def _read(self, name: str) -> dict[str, Any]:
+        if name not in self.names():
+            raise UsageError(suggest("table", name, self.names()) + f" (in {self.results}; `ensdef run` makes them)")
+        try:
+            content = json.loads((self.folder / f"{name}.json").read_text(encoding="utf-8"))
+            return {"title": str(content["title"]), "records": [str(path) for path in content["records"]]}
+        except (ValueError, KeyError, TypeError) as error:
+            raise UsageError(f"{self.folder / (name + '.json')} is no table manifest ({error!r})") from error
+
+
+def build_table(name: str, results: Path) -> dict[str, str]:
+    """The files of a table by name: ``{"x.csv": text, "x.md": text}``."""
+    title, records = Manifests(results).read(name)
+    return {f"{name}.csv": csv(records, results), f"{name}.md": markdown(records, results, title)}
+
+
+def write_table(name: str, results: Path, tables: Path) -> list[Path]:
+    """Write a table's files; returns their paths."""
+    paths = []
+    for file, text in build_table(name, results).items():
+        write_text(tables / file, text)
+        paths.append(tables / file)
+    return paths
+
+
+def stale_tables(results: Path, only: str | None = None) -> list[str]:
+    """Names of committed files in ``published/tables/`` that differ from what the published records give.
+
+    Args:
+        results: the folder that holds ``published/``.
+        only: one table; None: all.
+    """
+    published = results / "published"
+    names = Manifests(published).names() if only is None else [only]
+    if not names:
+        raise UsageError(f"no published tables in {published}; expected manifests/*.json there")
+    stale = []
+    for name in names:
+        for file, text in build_table(name, published).items():
+            path = published / "tables" / file
+            if not path.is_file() or path.read_text(encoding="utf-8") != text:
+                stale.append(file)
+    return stale

@@ -1,0 +1,1 @@
+"""Imported as ``ensdef.methods``: one file per defence or family of defences."""
