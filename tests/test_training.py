@@ -231,7 +231,7 @@ def test_momentum_and_weight_decay_reach_the_optimiser() -> None:
 def test_one_optimiser_over_separable_terms_equals_one_optimiser_a_member(optimizer: str) -> None:
     settings: dict[str, Any] = {"optimizer": optimizer, "lr": 0.05 if optimizer == "sgd" else 1e-3, "epochs": 2}
     together = trained("toy_probe", **settings).defense
-    apart = untrained("toy_probe", **settings).to(memory_format=torch.channels_last).train()  # type: ignore[call-overload]
+    apart = untrained("toy_probe", **settings).train()
     for member in apart.members:
         if optimizer == "sgd":
             own: Any = torch.optim.SGD(member.parameters(), lr=0.05, momentum=0.9, weight_decay=1e-4)
