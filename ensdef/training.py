@@ -13,12 +13,12 @@ from torch import Tensor
 
 from ensdef import augment
 from ensdef.adversary import Adversary
+from ensdef.backend import safe_convolutions
 from ensdef.build import build_defense
 from ensdef.checkpoints import packed
 from ensdef.data import Data, Split
 from ensdef.defense import Batch, EnsembleDefense, Terms
 from ensdef.errors import PluginError, TrainingDiverged
-from ensdef.layout import training_layout
 from ensdef.losses import cross_entropy
 from ensdef.progress import Progress
 from ensdef.recipe import Recipe, parse_train_eps
@@ -49,7 +49,6 @@ class _Loop:
     optimizer: Any
     train: Split
     steps_per_epoch: int
-    layout: torch.memory_format
     history: list[dict[str, float]] = field(default_factory=list)
 
     @property
@@ -85,9 +84,8 @@ def train(
         torch.manual_seed(spec.setting.seed)  # for dropout, which draws from the global state
         defense = build_defense(spec.model, spec.setting.seed)
         defense.warm_start(prerequisites or {})
-        layout = training_layout(defense, fabric.device)
-        defense.to(device=fabric.device, memory_format=layout)  # type: ignore[call-overload]
-        loop, holdout = _prepare(spec, defense, data, fabric, layout)
+        defense.to(device=fabric.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        loop, holdout = _prepare(spec, defense, data, fabric)
         best: tuple[float, dict[str, Tensor]] | None = None
         last_good = _snapshot(defense)
         with progress.task(
@@ -96,7 +94,8 @@ def train(
             for epoch in range(loop.recipe.epochs):
                 defense.begin_epoch(epoch, derived_generator(torch.device("cpu"), spec.setting.seed, epoch, -1))
                 try:
-                    terms = _train_epoch(loop, epoch, advance)
+                    with safe_convolutions(defense, fabric.device):
+                        terms = _train_epoch(loop, epoch, advance)
                     _check_weights(defense, epoch)
                 except TrainingDiverged as error:
                     raise TrainingDiverged(str(error), packed(last_good)) from error
@@ -123,9 +122,7 @@ def train(
     )
 
 
-def _prepare(
-    spec: TrainSpec, defense: EnsembleDefense, data: Data, fabric: Fabric, layout: torch.memory_format
-) -> tuple[_Loop, Split]:
+def _prepare(spec: TrainSpec, defense: EnsembleDefense, data: Data, fabric: Fabric) -> tuple[_Loop, Split]:
     recipe = spec.recipe
     images = data.train
     held = round(HOLDOUT * len(images)) if recipe.keep == "best" else 0
@@ -146,7 +143,7 @@ def _prepare(
     else:
         optimizer = torch.optim.SGD(moved, lr=recipe.lr, momentum=recipe.momentum, weight_decay=recipe.weight_decay)
     steps = max(1, -(-len(train) // recipe.batch_size) - (len(train) % recipe.batch_size == 1))
-    return _Loop(spec, defense, adversary, fabric, fabric.setup_optimizers(optimizer), train, steps, layout), holdout
+    return _Loop(spec, defense, adversary, fabric, fabric.setup_optimizers(optimizer), train, steps), holdout
 
 
 def _train_epoch(loop: _Loop, epoch: int, advance: Any) -> dict[str, float]:
@@ -170,7 +167,7 @@ def _train_epoch(loop: _Loop, epoch: int, advance: Any) -> dict[str, float]:
             x = loop.train.x(order[window])
             for change in augmentations:
                 x = change(x, rng)
-            drawn.append((x.contiguous(memory_format=loop.layout), loop.train.labels[order[window]]))
+            drawn.append((x.contiguous(memory_format=torch.channels_last), loop.train.labels[order[window]]))
         (x, y), *streams = drawn
         batch = Batch(x, y, orders[0][window], tuple(streams), rng)
         progress = (epoch + index / loop.steps_per_epoch) / recipe.epochs

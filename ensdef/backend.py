@@ -1,0 +1,34 @@
+"""Which convolution kernels a training may use."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+
+
+@contextmanager
+def safe_convolutions(module: nn.Module, device: torch.device) -> Iterator[None]:
+    """Train with oneDNN's kernels, which are faster, except where they are not safe.
+
+    On CPUs without AVX-512, oneDNN's weight gradient of a 1x1 convolution in the channels-last layout writes past its
+    buffer when the number of input channels is no multiple of 8 (seen with torch 2.15: 3 -> 16 and 4 -> 8 corrupt
+    the heap, 16 -> 32 does not). Passes without weight gradients, as in attacks, are not affected.
+    """
+    if device.type == "cpu" and not _multiples_of_eight(module):
+        before = torch.backends.mkldnn.enabled
+        torch.backends.mkldnn.set_flags(False)  # not flags(): it also sets tf32, which warns
+        try:
+            yield
+        finally:
+            torch.backends.mkldnn.set_flags(before)
+    else:
+        yield
+
+
+def _multiples_of_eight(module: nn.Module) -> bool:
+    return not any(
+        isinstance(part, nn.Conv2d) and part.kernel_size == (1, 1) and part.in_channels % 8 for part in module.modules()
+    )
