@@ -89,16 +89,22 @@ class Adversary:
                 x_adv = threat.project(x_adv.detach() + size * threat.ascent(gradient), x)
         return x_adv.detach()
 
+    def as_attacked(self, module: nn.Module) -> nn.Module:
+        """See :meth:`EnsembleDefense.as_attacked`."""
+        if self.attack.batch_norm == "train":
+            return module
+        copy = self._copies.get(id(module))
+        if copy is None or copy.source is not module:
+            copy = self._copies[id(module)] = FoldedCopy(module)
+        return copy.refresh()
+
     @contextmanager
     def _attacked(self, objective: Objective) -> Iterator[Any]:
         """The function whose gradient is followed, in the batch-norm mode of the recipe."""
         if self.attack.batch_norm == "train":
             yield objective
         elif isinstance(objective, nn.Module):
-            copy = self._copies.get(id(objective))
-            if copy is None or copy.source is not objective:
-                copy = self._copies[id(objective)] = FoldedCopy(objective)
-            yield copy.refresh()
+            yield self.as_attacked(objective)
         else:
             training = {module: module.training for module in self.defense.modules()}
             self.defense.eval()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -25,8 +26,8 @@ def build_defense(spec: ModelSpec, seed: int = 0) -> EnsembleDefense:
     params = architecture.Params(**spec.architecture_params)
     image = ImageSpec(spec.image_shape, spec.num_classes, spec.mean, spec.std)
 
-    def make_network() -> Network:
-        network: Network = architecture(image, params)
+    def make_network(outputs: int | None = None) -> Network:
+        network: Network = architecture(replace(image, num_classes=outputs or image.num_classes), params)
         return network
 
     method = METHODS.get(spec.method)

@@ -60,6 +60,14 @@ class InnerAdversary(Protocol):
         descend: bool = False,
     ) -> Tensor: ...
 
+    def as_attacked(self, module: nn.Module) -> nn.Module: ...
+
+
+class MakeNetwork(Protocol):
+    """Gives a freshly initialised network; ``outputs`` logits instead of one a class (MoRE's gate)."""
+
+    def __call__(self, outputs: int | None = None) -> nn.Module: ...
+
 
 @dataclass(frozen=True)
 class NoHyper:
@@ -104,9 +112,7 @@ class EnsembleDefense(nn.Module, ABC):
     # -- construction -------------------------------------------------------------------------------------------
 
     @classmethod
-    def build(
-        cls, make_network: Callable[[], nn.Module], members: int, num_classes: int, hyper: Any
-    ) -> EnsembleDefense:
+    def build(cls, make_network: MakeNetwork, members: int, num_classes: int, hyper: Any) -> EnsembleDefense:
         """Assemble the defence; ``make_network`` gives a freshly initialised member network each time.
 
         Raises:
@@ -123,6 +129,12 @@ class EnsembleDefense(nn.Module, ABC):
     def member_count(cls, hyper: Any) -> int | None:
         """Number of members where the hyper-parameters fix it (MoRE), else None."""
         return cls.fixed_members
+
+    @classmethod
+    def network_params(cls, hyper: Any) -> Mapping[str, Any]:
+        """Architecture parameters that belong to the method (GAL: leaky ReLU), where the architecture has them and
+        the user's call does not set them."""
+        return {}
 
     @classmethod
     def trains_on_attacks(cls, hyper: Any) -> bool:
@@ -158,6 +170,28 @@ class EnsembleDefense(nn.Module, ABC):
         """Parameters that training moves; modules without any of them stay frozen, buffers included."""
         return self.parameters()
 
+    def lend(self, adversary: InnerAdversary | None) -> None:
+        """Receive the inner adversary for the time of a training; defences inside this one receive it too."""
+        for module in self.modules():
+            if isinstance(module, EnsembleDefense):
+                module._adversary = adversary
+
+    def as_attacked(self, module: nn.Module) -> nn.Module:
+        """A member (or the whole defence) as the inner adversary sees it, for objectives of one's own.
+
+        With attacks in batch-norm eval mode a folded, frozen copy of the present weights, valid until the next
+        optimiser step; with attacks in train mode the module itself.
+        """
+        return self._lent().as_attacked(module)
+
+    def _lent(self) -> InnerAdversary:
+        if self._adversary is None:
+            raise RuntimeError(
+                f"{type(self).__name__}.adversary is lent by the trainer; outside training use "
+                "ensdef.testing.lend_adversary(defense, ...)"
+            )
+        return self._adversary
+
     def adversary(
         self,
         objective: Objective,
@@ -186,12 +220,7 @@ class EnsembleDefense(nn.Module, ABC):
         Raises:
             RuntimeError: called outside training.
         """
-        if self._adversary is None:
-            raise RuntimeError(
-                f"{type(self).__name__}.adversary is lent by the trainer; outside training use "
-                "ensdef.testing.lend_adversary(defense, ...)"
-            )
-        return self._adversary(
+        return self._lent()(
             objective,
             x,
             y,

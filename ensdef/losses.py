@@ -36,3 +36,12 @@ def targeted_margin(scores: Tensor, y: Tensor, target: Tensor) -> Tensor:
 def entropy(log_probs: Tensor) -> Tensor:
     """Shannon entropy of log-probabilities over the last dimension, natural log; exact where a probability is 0."""
     return -(log_probs.exp() * log_probs.clamp_min(-1e4)).sum(dim=-1)
+
+
+def soft_minimum(losses: Tensor, sigma: float) -> Tensor:
+    """-sigma log sum exp(-losses / sigma) over members, (K, B) -> (B,).
+
+    Between min - sigma ln K and min; no 1/K inside, so it can be negative. Its gradient with respect to the losses is
+    softmax(-losses / sigma). Source: CDA2, Eq. (8), with its sigma where the paper prints delta.
+    """
+    return -sigma * torch.logsumexp(-losses / sigma, dim=0)

@@ -48,7 +48,8 @@ class Recipe:
         schedule: ``"step"`` multiplies by ``gamma`` at the milestones; ``"cosine"`` falls to 0; ``"onecycle"`` rises
             linearly for the first 30 % of the steps and falls to 0; ``"constant"``.
         milestones: fractions of the epochs, so that a shortened run keeps its shape.
-        augment: names joined by ``+`` (``"crop+flip"``), ``"none"``, or None for the data set's own.
+        augment: names joined by ``+`` (``"crop+flip"``), ``"none"``, or None for the data set's own; with a ``+`` in
+            front (``"+noise"``) they come after the data set's own.
         keep: ``"last"`` epoch's weights, or ``"best"`` by robust accuracy on a tenth of the training images, held out.
         attack: the inner adversary.
     """
@@ -97,6 +98,11 @@ ADAM_200 = Recipe(optimizer="adam", lr=1e-3)
 
 #: Names of the batch augmentations (``ensdef.augment``), kept here so that a recipe is checked without torch.
 AUGMENTATIONS = ("crop", "shift", "flip", "noise")
+
+
+def joined(own: str, more: str) -> str:
+    """Augmentations one after another: ``"crop+flip"`` and ``"noise"`` -> ``"crop+flip+noise"``; ``"none"`` is empty."""
+    return "+".join(part for part in (own, more) if part != "none") or "none"
 
 
 def check_augmentation(text: str) -> list[str]:

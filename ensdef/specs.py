@@ -18,7 +18,7 @@ from ensdef.codehash import NUMERICS, code_hash
 from ensdef.errors import UsageError
 from ensdef.keys import content_key, non_default
 from ensdef.notation import convert, fill, format_call, parse_call
-from ensdef.recipe import InnerAttack, Recipe, check_augmentation, parse_train_eps
+from ensdef.recipe import InnerAttack, Recipe, check_augmentation, joined, parse_train_eps
 from ensdef.registry import ARCHITECTURES, ATTACKS, DATASETS, METHODS
 
 Precision = Literal["fp32", "bf16"]
@@ -104,9 +104,14 @@ class ModelSpec:
         resolved = fill(defense.Hyper, hyper, method)
         name, params = parse_call(architecture)
         network = ARCHITECTURES.get(name)
-        count = defense.member_count(resolved) or members
+        fixed = defense.member_count(resolved)
+        count = fixed or members
         if count < 1:
             raise UsageError(f"members is {count}; expected at least 1")
+        if members == 1 and fixed and fixed > 1:
+            raise UsageError(f"members is 1, but {method} always has {fixed}; leave --members out")
+        known = {item.name for item in dataclasses.fields(network.Params)}
+        params = {**{key: value for key, value in defense.network_params(resolved).items() if key in known}, **params}
         return cls(
             method,
             dataclasses.asdict(resolved),
@@ -165,8 +170,9 @@ class TrainSpec:
         except UsageError as error:
             raise UsageError(f"train-eps is {setting.train_eps!r}: {error}") from None
         recipe = override(defense.recipe, setting.recipe)
-        if recipe.augment is None:
-            recipe = dataclasses.replace(recipe, augment=DATASETS.get(data.name).augment)
+        if recipe.augment is None or recipe.augment.startswith("+"):
+            own = DATASETS.get(data.name).augment
+            recipe = dataclasses.replace(recipe, augment=joined(own, (recipe.augment or "none").lstrip("+")))
         check_augmentation(str(recipe.augment))
         spec = cls(model, setting, recipe, {})
         return dataclasses.replace(spec, prerequisites=dict(defense.prerequisites(spec)))

@@ -79,7 +79,7 @@ def lend_adversary(
     """Give a defence the inner adversary that the trainer would, for tests of its loss."""
     adversary = Adversary(defense, attack or InnerAttack(steps=3), norm, (eps, eps))
     adversary.begin_batch(torch.Generator().manual_seed(seed))
-    defense._adversary = adversary
+    defense.lend(adversary)
     return adversary
 
 

@@ -108,7 +108,7 @@ def train(
                 last_good = _snapshot(defense)
         if best is not None:
             defense.load_state_dict(best[1])
-    defense._adversary = None
+    defense.lend(None)
     defense.to("cpu", memory_format=torch.contiguous_format)  # type: ignore[call-overload]
     return Trained(
         defense.eval(),
@@ -131,7 +131,7 @@ def _prepare(spec: TrainSpec, defense: EnsembleDefense, data: Data, fabric: Fabr
     train, holdout = train.to(fabric.device), holdout.to(fabric.device)
     low, high = parse_train_eps(spec.setting.train_eps, spec.setting.norm)
     adversary = Adversary(defense, recipe.attack, spec.setting.norm, (float(low), float(high)))
-    defense._adversary = adversary
+    defense.lend(adversary)
     moved = [parameter for parameter in defense.trainable() if parameter.requires_grad]
     still = {id(parameter) for parameter in defense.parameters()} - {id(parameter) for parameter in moved}
     for parameter in defense.parameters():

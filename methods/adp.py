@@ -4,15 +4,14 @@ arXiv:1901.08846): adaptive diversity promoting, ADP.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ensdef import combine
-from ensdef.defense import Batch, EnsembleDefense, Terms, register_defense, require
+from ensdef.defense import Batch, EnsembleDefense, MakeNetwork, Terms, register_defense, require
 from ensdef.losses import entropy, member_cross_entropy
 from ensdef.recipe import InnerAttack, Recipe
 
@@ -58,9 +57,7 @@ class AdaptiveDiversityPromoting(EnsembleDefense):
     )
 
     @classmethod
-    def build(
-        cls, make_network: Callable[[], nn.Module], members: int, num_classes: int, hyper: Any
-    ) -> EnsembleDefense:
+    def build(cls, make_network: MakeNetwork, members: int, num_classes: int, hyper: Any) -> EnsembleDefense:
         require(
             members <= num_classes - 1,
             f"adp with {members} members on {num_classes} classes: that many directions do not fit into the "

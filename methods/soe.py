@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ensdef import combine
 from ensdef.architecture import Network
 from ensdef.defense import Batch, EnsembleDefense, Terms, register_defense, require
-from ensdef.losses import member_cross_entropy
+from ensdef.losses import member_cross_entropy, soft_minimum
 from ensdef.recipe import Recipe
 
 
@@ -174,15 +174,6 @@ class SynergyOfExperts(EnsembleDefense):
                 f"{prefix}confidence": self.hyper.head_weight * head.mean(),
             }
         return terms
-
-
-def soft_minimum(losses: Tensor, sigma: float) -> Tensor:
-    """-sigma log sum exp(-losses / sigma) over members, (K, B) -> (B,).
-
-    Between min - sigma ln K and min; no 1/K inside, so it can be negative. Source: CDA2, Eq. (8), with its sigma where
-    the paper prints delta.
-    """
-    return -sigma * torch.logsumexp(-losses / sigma, dim=0)
 
 
 def confidence_loss(confidence: Tensor, logits: Tensor, y: Tensor) -> Tensor:

@@ -220,7 +220,6 @@ class Wrapper(EnsembleDefense):
         return cls(base.build(make_network, members, num_classes, base.Hyper()), hyper)
 
     def loss(self, batch: Batch, progress: float) -> Terms:
-        self.base._adversary = self._adversary
         return {f"base_{name}": 0.5 * value for name, value in self.base.loss(batch, progress).items()}  # type: ignore[union-attr]
 
     def predict(self, x: Tensor) -> Tensor:
