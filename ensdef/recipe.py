@@ -101,7 +101,7 @@ AUGMENTATIONS = ("crop", "shift", "flip", "noise")
 
 
 def joined(own: str, more: str) -> str:
-    """Augmentations one after another: ``"crop+flip"`` and ``"noise"`` -> ``"crop+flip+noise"``; ``"none"`` is empty."""
+    """``"crop+flip"`` and ``"noise"`` -> ``"crop+flip+noise"``; ``"none"`` adds nothing."""
     return "+".join(part for part in (own, more) if part != "none") or "none"
 
 
