@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any
 
 from ensdef.errors import UsageError, suggest
 from ensdef.metrics import binomial_stderr
-from ensdef.records import Record, write_text
+from ensdef.records import Record, with_outcomes, write_text
 
 #: Columns of the CSV, numbers as fractions.
 COLUMNS = (
@@ -74,6 +75,38 @@ def row(record: Record, results: Path) -> dict[str, Any]:
     }
 
 
+def worst_cases(records: Sequence[Record]) -> list[Record]:
+    """For every model that met several attacks: the images that stay right under all of them.
+
+    Models attacked at several radii of one norm are left out: there the largest radius alone would decide.
+    """
+    models: dict[tuple[Any, ...], list[Record]] = {}
+    for record in records:
+        if record.error is None and "key" in record.training:
+            models.setdefault((record.label, record.training["key"], record.combiner), []).append(record)
+    worst = []
+    for met in models.values():
+        radii = {(record.norm, record.eps_value) for record in met}
+        shared = all(record.outcomes["ids"] == met[0].outcomes["ids"] for record in met)
+        if len(met) < 2 or not shared or len({norm for norm, _ in radii}) < len(radii):
+            continue
+        robust = [min(images) for images in zip(*(record.outcomes["robust"] for record in met), strict=True)]
+        label = " + ".join(f"{record.attack_label}{f' {record.norm}' if record.norm else ''}" for record in met)
+        cost = {name: sum(getattr(record, name) for record in met) for name in ("seconds", "forwards", "backwards")}
+        blank = dataclasses.replace(
+            met[0],
+            attack="worst_case",
+            attack_label=f"worst of {label}",
+            norm=None,
+            eps=None,
+            path=None,
+            flags=[],
+            **cost,
+        )
+        worst.append(with_outcomes(blank, met[0].outcomes["ids"], met[0].outcomes["clean"], robust))
+    return worst
+
+
 def csv(records: Sequence[Record], results: Path) -> str:
     """The records as CSV, one a row."""
     import pandas as pd
@@ -83,16 +116,32 @@ def csv(records: Sequence[Record], results: Path) -> str:
 
 
 def markdown(records: Sequence[Record], results: Path, title: str = "") -> str:
-    """The records as a Markdown table in percent, footnotes for flags and failures below."""
+    """The records as a Markdown table in percent, worst cases, footnotes for flags and failures below."""
+    notes: list[str] = []
+    text = f"# {title}\n\n" if title else ""
+    text += _grid(records, results, notes)
+    if worst := worst_cases(records):
+        text += "\n\nRight under every attack of its row, image by image:\n\n" + _grid(worst, results, notes)
+    text += "\n\nAccuracy in percent ± binomial standard error over n test images."
+    text += "".join(f"\n\n[{index}] {note}" for index, note in enumerate(notes, start=1))
+    departures = {(record.method, why): None for record in records for why in record.training.get("deviations", ())}
+    if departures:
+        text += "\n\nWhere methods depart from their papers or released code:\n"
+        text += "".join(f"\n- {method}: {why}" for method, why in departures)
+    return text + "\n"
+
+
+def _grid(records: Sequence[Record], results: Path, notes: list[str]) -> str:
+    """One table; new footnotes are added to ``notes``."""
     from tabulate import tabulate
 
-    rows, notes = [], []
+    rows = []
     for record in records:
         marks = ""
-        for text in [flag_note(flag) for flag in record.flags] + ([f"failed: {record.error}"] if record.error else []):
-            if text not in notes:
-                notes.append(text)
-            marks += f" [{notes.index(text) + 1}]"
+        for note in [flag_note(flag) for flag in record.flags] + ([f"failed: {record.error}"] if record.error else []):
+            if note not in notes:
+                notes.append(note)
+            marks += f" [{notes.index(note) + 1}]"
         rows.append(
             {
                 "method": record.label,
@@ -106,18 +155,10 @@ def markdown(records: Sequence[Record], results: Path, title: str = "") -> str:
                 "robust %": percent(record.robust_accuracy, record.n) + marks,
                 "n": record.n,
                 "time s": f"{record.seconds:.1f}",
-                "record": row(record, results)["record"],
+                "record": row(record, results)["record"] or "-",
             }
         )
-    table = tabulate(rows, headers="keys", tablefmt="github", disable_numparse=True)
-    head = f"# {title}\n\n" if title else ""
-    foot = "".join(f"\n\n[{index}] {note}" for index, note in enumerate(notes, start=1))
-    departures = {(record.method, text): None for record in records for text in record.training.get("deviations", ())}
-    if departures:
-        foot += "\n\nWhere methods depart from their papers or released code:\n"
-        foot += "".join(f"\n- {method}: {text}" for method, text in departures)
-    legend = "\n\nAccuracy in percent ± binomial standard error over n test images."
-    return f"{head}{table}{legend}{foot}\n"
+    return tabulate(rows, headers="keys", tablefmt="github", disable_numparse=True)
 
 
 def flag_note(flag: dict[str, Any]) -> str:
@@ -177,9 +218,12 @@ class Manifests:
 
 
 def build_table(name: str, results: Path) -> dict[str, str]:
-    """The files of a table by name: ``{"x.csv": text, "x.md": text}``."""
+    """The files of a table by name: ``{"x.csv": text, "x.md": text}``, with ``x.worst.csv`` for worst cases."""
     title, records = Manifests(results).read(name)
-    return {f"{name}.csv": csv(records, results), f"{name}.md": markdown(records, results, title)}
+    files = {f"{name}.csv": csv(records, results), f"{name}.md": markdown(records, results, title)}
+    if worst := worst_cases(records):
+        files[f"{name}.worst.csv"] = csv(worst, results)
+    return files
 
 
 def write_table(name: str, results: Path, tables: Path) -> list[Path]:

@@ -29,7 +29,18 @@ from ensdef.protocol import (
 )
 from ensdef.records import FORMAT, Record, Store, with_outcomes, write_bytes, write_text
 from ensdef.specs import Cell
-from ensdef.tables import COLUMNS, Manifests, build_table, csv, markdown, percent, row, stale_tables, write_table
+from ensdef.tables import (
+    COLUMNS,
+    Manifests,
+    build_table,
+    csv,
+    markdown,
+    percent,
+    row,
+    stale_tables,
+    worst_cases,
+    write_table,
+)
 
 quick = settings(deadline=None, max_examples=60, derandomize=True)
 
@@ -635,3 +646,55 @@ def test_a_protocol_file_that_is_no_toml_is_refused_with_the_place(tmp_path: Pat
     (tmp_path / "mine.toml").write_text("version = 1\nmethods = [1 2]\n", encoding="utf-8")
     with pytest.raises(UsageError, match=r"mine\.toml.*line 2"):
         load_protocol(str(tmp_path / "mine.toml"))
+
+
+# -- worst cases ------------------------------------------------------------------------------------------------
+
+
+def attacked(attack: str, robust: tuple[int, ...], key: str = "model", **changes: Any) -> Record:
+    clean = (1, 1, 1, 0)
+    return record(clean, robust, attack=attack, attack_label=attack, training={"key": key, "eps": "0.2"}, **changes)
+
+
+def test_the_worst_case_counts_images_that_stay_right_under_every_attack() -> None:
+    (worst,) = worst_cases(
+        [attacked("pgd", (1, 1, 0, 0)), attacked("pgd", (0, 1, 1, 0), norm="l2", eps="1", eps_value=1.0)]
+    )
+    assert worst.outcomes["robust"] == [0, 1, 0, 0]
+    assert (worst.clean_accuracy, worst.robust_accuracy) == (0.75, 0.25)
+    assert worst.attack_label == "worst of pgd linf + pgd l2"
+    assert worst.seconds == 2.5, "costs add up"
+
+
+def test_weather_has_no_norm_and_joins_all_the_same() -> None:
+    weather = {"norm": None, "eps": None, "eps_value": None}
+    (worst,) = worst_cases([attacked("fog", (1, 0, 1, 0), **weather), attacked("snow", (1, 1, 0, 0), **weather)])
+    assert worst.robust_accuracy == 0.25
+
+
+@pytest.mark.parametrize(
+    ("others", "why"),
+    [
+        ([], "one attack"),
+        ([attacked("pgd", (1, 0, 0, 0), eps="0.3", eps_value=0.3)], "another radius of the same norm"),
+        ([attacked("mim", (1, 0, 0, 0), key="another")], "another model"),
+        ([attacked("mim", (1, 0, 0, 0), combiner="max")], "another inference rule"),
+        ([failed(training={"key": "model"})], "a failed cell"),
+    ],
+)
+def test_no_worst_case_of(others: list[Record], why: str) -> None:
+    assert worst_cases([attacked("pgd", (1, 1, 0, 0)), *others]) == [], why
+
+
+def test_worst_cases_stand_below_the_table_and_in_a_file_of_their_own(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    written = [
+        store.write(attacked(name, (1, index, 0, 0), key="ab" * 32)) for index, name in enumerate(("pgd", "mim"))
+    ]
+    assert len({one.path for one in written}) == 2
+    Manifests(tmp_path).write("x", "Title", written, extend=False)
+    files = build_table("x", tmp_path)
+    assert set(files) == {"x.csv", "x.md", "x.worst.csv"}
+    assert len(pd.read_csv(io.StringIO(files["x.csv"]))) == 2, "one row a record"
+    assert pd.read_csv(io.StringIO(files["x.worst.csv"]))["robust_accuracy"].tolist() == [0.25]
+    assert "worst of pgd linf + mim linf" in files["x.md"]

@@ -1,0 +1,175 @@
+"""One training step of every adversarial defence: ensdef against plain loops, and against what its passes must cost.
+
+    python benchmarks/speed/training.py [--methods soe,cce] [--batch-size 64] [--rounds 3]
+
+Three members of a CIFAR-size ResNet, PGD-10 at 8/255, random images (time does not depend on what they show), one
+process, the runs taken in turns. Columns:
+
+- `plain s`: a step written as the released codes write it (`plain_loops.py`), fp32, batch norm in train mode;
+- `train x`: plain over ours with attacks in train mode too (the same arithmetic);
+- `eval x`: plain over ours as it trains by default, attacking folded eval-mode copies;
+- `of bound`: our default step over the sum of (number of passes x measured time of such a pass), the four kinds of pass
+  counted by `ensdef list methods --cost`: 1.0 would mean that nothing but the networks costs time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from statistics import median
+
+import torch
+import torch.nn.functional as F
+from plain_loops import STEPS, setup_for
+from tabulate import tabulate
+from torch import Tensor, nn
+
+from ensdef.build import build_defense
+from ensdef.cost import count_passes
+from ensdef.data import Data, Split
+from ensdef.folding import FoldedCopy
+from ensdef.notation import parse_call, split_list
+from ensdef.progress import Advance, Progress
+from ensdef.registry import METHODS
+from ensdef.specs import DataSpec, ModelSpec, Setting, TrainSpec
+from ensdef.training import train
+
+CLASSES, SHAPE, MEMBERS, K = 10, (3, 32, 32), 3, 10
+
+
+class Stopwatch(Progress):
+    """Notes when every batch ends."""
+
+    def __init__(self) -> None:
+        self.ends: list[float] = []
+
+    @contextmanager
+    def task(self, description: str, total: float) -> Iterator[Advance]:
+        yield lambda amount=1, note="": self.ends.append(time.perf_counter())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--methods", default=",".join(STEPS))
+    parser.add_argument("--arch", default="resnet8")
+    parser.add_argument("--batch-size", type=int, default=64)
+    parser.add_argument("--rounds", type=int, default=3)
+    options = parser.parse_args()
+
+    costs = pass_costs(options.arch, options.batch_size, options.rounds)
+    print({kind: f"{1000 * seconds:.1f} ms" for kind, seconds in costs.items()}, flush=True)
+    rows = []
+    for method in split_list(options.methods):
+        taken: dict[str, list[float]] = {"plain": [], "train": [], "eval": []}
+        for _ in range(options.rounds):
+            taken["plain"].append(plain_step(method, options.arch, options.batch_size))
+            for mode in ("train", "eval"):
+                taken[mode].append(our_step(method, options.arch, options.batch_size, mode))
+        best = {name: median(values) for name, values in taken.items()}
+        passes = count_passes(method, MEMBERS, K)
+        bound = sum(getattr(passes, kind) * seconds for kind, seconds in costs.items())
+        rows.append(
+            {
+                "method": method,
+                "plain s": f"{best['plain']:.2f}",
+                "train x": f"{best['plain'] / best['train']:.2f}",
+                "eval x": f"{best['plain'] / best['eval']:.2f}",
+                "of bound": f"{best['eval'] / bound:.2f}",
+                "spread": f"{max(taken['eval']) / min(taken['eval']):.2f}",
+            }
+        )
+        print(tabulate(rows[-1:], headers="keys", disable_numparse=True), flush=True)
+    print(tabulate(rows, headers="keys", tablefmt="github", disable_numparse=True))
+
+
+def specification(method: str, arch: str, batch_size: int, mode: str) -> tuple[TrainSpec, Data]:
+    name, hyper = parse_call(method)
+    rng = torch.Generator().manual_seed(0)
+    pixels = torch.randint(256, (3 * batch_size, *SHAPE), generator=rng).to(torch.uint8)
+    split = Split(pixels, torch.arange(len(pixels)) % CLASSES)
+    data = Data("cifar10", split, split, tuple("abcdefghij"))
+    spec = DataSpec("cifar10", None, None, None, split.checksum(), split.checksum(), SHAPE, CLASSES, (0.5,), (0.25,))
+    attack = {"steps": K, "step_size": "eps/4", "batch_norm": mode}
+    recipe = {
+        "optimizer": "sgd",
+        "lr": 1e-3,
+        "epochs": 1,
+        "batch_size": batch_size,
+        "augment": "none",
+        "attack": attack,
+    }
+    return TrainSpec.create(name, hyper, Setting(spec, arch, MEMBERS, "linf", "8/255", recipe)), data
+
+
+def our_step(method: str, arch: str, batch_size: int, mode: str) -> float:
+    """Seconds of the second and third batch of a real training, their mean."""
+    spec, data = specification(method, arch, batch_size, mode)
+    prerequisites = {role: build_defense(needed.model) for role, needed in spec.prerequisites.items()}
+    watch = Stopwatch()
+    train(spec, data, prerequisites, device="cpu", progress=watch)
+    return (watch.ends[2] - watch.ends[0]) / 2
+
+
+def plain_step(method: str, arch: str, batch_size: int) -> float:
+    """Seconds of the second plain step."""
+    name, _ = parse_call(method)
+    count = specification(method, arch, batch_size, "eval")[0].model.members
+
+    def network(outputs: int = CLASSES) -> nn.Module:
+        params = dict(METHODS.get(name).network_params(METHODS.get(name).Hyper()))
+        call = arch + "".join(f"[{key}={value}]" for key, value in params.items())
+        spec = ModelSpec.create("nat", {}, call, 1, outputs, SHAPE, (0.5,), (0.25,))
+        member: nn.Module = build_defense(spec).members[0]
+        return member.train()
+
+    setup = setup_for(name, [network() for _ in range(count)], network)
+    x, y = torch.rand(batch_size, *SHAPE), torch.arange(batch_size) % CLASSES
+    STEPS[method](setup, x, y)
+    began = time.perf_counter()
+    STEPS[method](setup, x, y)
+    return time.perf_counter() - began
+
+
+def pass_costs(arch: str, batch_size: int, rounds: int) -> dict[str, float]:
+    """Seconds of one pass of one member over one batch, by kind, in the layouts that training uses."""
+    spec = ModelSpec.create("nat", {}, arch, 1, CLASSES, SHAPE, (0.5,), (0.25,))
+    live: nn.Module = build_defense(spec).to(memory_format=torch.channels_last).members[0].train()  # type: ignore[call-overload]
+    folded = FoldedCopy(live).module
+    x = torch.rand(batch_size, *SHAPE).contiguous(memory_format=torch.channels_last)
+    y = torch.arange(batch_size) % CLASSES
+
+    def forward() -> None:
+        with torch.no_grad():
+            folded(x)
+
+    def input_gradient() -> None:
+        seen = x.detach().requires_grad_()
+        torch.autograd.grad(F.cross_entropy(folded(seen), y), seen)
+
+    def training() -> None:
+        live.zero_grad()
+        F.cross_entropy(live(x), y).backward()
+
+    def double_backward() -> None:
+        live.zero_grad()
+        seen = x.detach().requires_grad_()
+        loss = F.cross_entropy(live(seen), y)
+        gradient: Tensor = torch.autograd.grad(loss, seen, create_graph=True)[0]
+        (loss + gradient.square().sum()).backward()
+
+    costs = {}
+    for run in (forward, input_gradient, training, double_backward):
+        run()
+        times = []
+        for _ in range(5 * rounds):
+            began = time.perf_counter()
+            run()
+            times.append(time.perf_counter() - began)
+        costs[run.__name__] = median(times)
+    return costs
+
+
+if __name__ == "__main__":
+    main()
