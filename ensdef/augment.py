@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ensdef import weather
 from ensdef.recipe import check_augmentation
 
 
@@ -41,17 +43,31 @@ def noise(x: Tensor, rng: torch.Generator) -> Tensor:
     return torch.where(coin, x + drawn, x)
 
 
-_BY_NAME: Mapping[str, Callable[[Tensor, torch.Generator], Tensor]] = {
+def fog(x: Tensor, rng: torch.Generator, density: float, light: float) -> Tensor:
+    """Every image in the same fog (MoRE); see :func:`ensdef.weather.fog`."""
+    return weather.fog(x, density, light)
+
+
+def snow(x: Tensor, rng: torch.Generator, brightness: float) -> Tensor:
+    """Snow on every image (MoRE), with one draw an image; see :func:`ensdef.weather.snow`."""
+    return weather.snow(x, torch.rand(len(x), generator=rng, device=x.device), brightness)
+
+
+_BY_NAME: Mapping[str, Callable[..., Tensor]] = {
     "crop": crop,
     "shift": shift,
     "flip": flip,
     "noise": noise,
+    "fog": fog,
+    "snow": snow,
 }
 
 
 def parse(text: str) -> list[Callable[[Tensor, torch.Generator], Tensor]]:
-    """``"crop+flip"`` -> the functions, in order; ``"none"`` -> []."""
-    return [_BY_NAME[name] for name in check_augmentation(text)]
+    """``"crop+fog[light=0.8]"`` -> functions of (images, generator), in order; ``"none"`` -> []."""
+    return [
+        partial(_BY_NAME[name], **options) if options else _BY_NAME[name] for name, options in check_augmentation(text)
+    ]
 
 
 def _window(padded: Tensor, shape: torch.Size, positions: int, rng: torch.Generator) -> Tensor:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ensdef import combine
 from ensdef.errors import PluginError, UsageError
-from ensdef.recipe import Recipe
+from ensdef.recipe import InnerAttack, Recipe
 from ensdef.registry import METHODS
 
 if TYPE_CHECKING:
@@ -45,6 +45,10 @@ class Batch:
 
 class InnerAdversary(Protocol):
     """What the trainer lends a defence for crafting; see :meth:`EnsembleDefense.adversary`."""
+
+    #: Norm and radius of the present batch, and the settings that calls fall back to.
+    threat: Threat
+    attack: InnerAttack
 
     def __call__(
         self,
@@ -183,6 +187,11 @@ class EnsembleDefense(nn.Module, ABC):
         optimiser step; with attacks in train mode the module itself.
         """
         return self._lent().as_attacked(module)
+
+    @property
+    def training_threat(self) -> Threat:
+        """Norm and radius of the training, this batch's where the radius is drawn anew for every batch."""
+        return self._lent().threat
 
     def _lent(self) -> InnerAdversary:
         if self._adversary is None:

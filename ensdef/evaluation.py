@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -111,9 +111,15 @@ def evaluate_cell(
     checkpoint: str,
     protocol: str | None,
     prerequisites: Mapping[str, EnsembleDefense] | None = None,
+    health: Sequence[Mapping[str, Any]] = (),
     progress: Progress | None = None,
 ) -> Record:
-    """The record of one cell; ``test`` holds its images, ``ids`` their positions in the whole test set."""
+    """The record of one cell.
+
+    Args:
+        test, ids: its images, and their positions in the whole test set.
+        health: findings about the training, which become flags of the record.
+    """
     outcome = attack_model(
         defense,
         test.x(),
@@ -127,7 +133,8 @@ def evaluate_cell(
     )
     record = blank_record(cell, protocol, checkpoint=checkpoint)
     source = {**provenance(device), **record.provenance, "batch_size": batch_size}
-    return fill_in(dataclasses.replace(record, provenance=source), outcome, ids.tolist())
+    found = fill_in(dataclasses.replace(record, provenance=source), outcome, ids.tolist())
+    return dataclasses.replace(found, flags=[*map(dict, health), *found.flags])
 
 
 def blank_record(cell: Cell, protocol: str | None, checkpoint: str | None = None, error: str | None = None) -> Record:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
 from fractions import Fraction
-from typing import Literal
+from typing import Any, Literal
 
 from ensdef.errors import UsageError
-from ensdef.notation import at_least, parse_eps, relative
+from ensdef.notation import at_least, fill, parse_call, parse_eps, relative
 
 
 @dataclass(frozen=True)
@@ -48,8 +49,8 @@ class Recipe:
         schedule: ``"step"`` multiplies by ``gamma`` at the milestones; ``"cosine"`` falls to 0; ``"onecycle"`` rises
             linearly for the first 30 % of the steps and falls to 0; ``"constant"``.
         milestones: fractions of the epochs, so that a shortened run keeps its shape.
-        augment: names joined by ``+`` (``"crop+flip"``), ``"none"``, or None for the data set's own; with a ``+`` in
-            front (``"+noise"``) they come after the data set's own.
+        augment: names joined by ``+`` (``"crop+flip"``), parameters in brackets (``"fog[density=0.13]"``), ``"none"``,
+            or None for the data set's own; with a ``+`` in front (``"+noise"``) they come after the data set's own.
         keep: ``"last"`` epoch's weights, or ``"best"`` by robust accuracy on a tenth of the training images, held out.
         attack: the inner adversary.
     """
@@ -96,8 +97,51 @@ SGD_200 = Recipe()
 ADAM_200 = Recipe(optimizer="adam", lr=1e-3)
 
 
-#: Names of the batch augmentations (``ensdef.augment``), kept here so that a recipe is checked without torch.
-AUGMENTATIONS = ("crop", "shift", "flip", "noise")
+@dataclass(frozen=True)
+class NoOptions:
+    """An augmentation without parameters."""
+
+
+@dataclass(frozen=True)
+class Fog:
+    """Parameters of fog, as augmentation and as attack; the defaults are those that MoRE is evaluated with.
+
+    Args:
+        density: t in the paper; larger is thicker, 0 lets half of the light through.
+        light: brightness of the fog, in [0, 1].
+    """
+
+    density: float = 0.15
+    light: float = 0.6
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.light <= 1:
+            raise UsageError(f"light is {self.light}; expected a brightness in [0, 1]")
+
+
+@dataclass(frozen=True)
+class Snow:
+    """Parameters of snow, as augmentation and as attack; the default is the one that MoRE is evaluated with.
+
+    Args:
+        brightness: factor on the lightness of dark pixels ("darkness" in the paper).
+    """
+
+    brightness: float = 2.5
+
+    def __post_init__(self) -> None:
+        at_least("", brightness=(self.brightness, 1))
+
+
+#: The batch augmentations (``ensdef.augment``) and their parameters, here so that a recipe is checked without torch.
+AUGMENTATIONS: Mapping[str, type] = {
+    "crop": NoOptions,
+    "shift": NoOptions,
+    "flip": NoOptions,
+    "noise": NoOptions,
+    "fog": Fog,
+    "snow": Snow,
+}
 
 
 def joined(own: str, more: str) -> str:
@@ -105,17 +149,21 @@ def joined(own: str, more: str) -> str:
     return "+".join(part for part in (own, more) if part != "none") or "none"
 
 
-def check_augmentation(text: str) -> list[str]:
-    """``"crop+flip"`` -> its names, in order; ``"none"`` -> [].
+def check_augmentation(text: str) -> list[tuple[str, dict[str, Any]]]:
+    """``"flip+snow[brightness=2]"`` -> names and all their parameters, in order; ``"none"`` -> [].
 
     Raises:
-        UsageError: an unknown name.
+        UsageError: an unknown name or parameter.
     """
-    names = [] if text == "none" else text.split("+")
-    for name in names:
-        if name not in AUGMENTATIONS:
-            raise UsageError(f"unknown augmentation {name!r}; expected none or a sum of {', '.join(AUGMENTATIONS)}")
-    return names
+    calls = []
+    # a plus sign inside brackets belongs to a number
+    for part in [] if text == "none" else re.split(r"\+(?![^\[]*\])", text):
+        if part.partition("[")[0] not in AUGMENTATIONS:
+            raise UsageError(f"unknown augmentation {part!r}; expected none or a sum of {', '.join(AUGMENTATIONS)}")
+        name, params = parse_call(part)
+        options: Any = fill(AUGMENTATIONS[name], params, name)
+        calls.append((name, asdict(options)))
+    return calls
 
 
 _UNIFORM = re.compile(r"uniform\(\s*([^,\s]+)\s*,\s*([^,\s]+)\s*\)\Z")

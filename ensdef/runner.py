@@ -7,7 +7,14 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from ensdef.checkpoints import checkpoint_folder, is_complete, load_checkpoint, save_checkpoint, save_last_good
+from ensdef.checkpoints import (
+    checkpoint_folder,
+    is_complete,
+    load_checkpoint,
+    save_checkpoint,
+    save_last_good,
+    training_report,
+)
 from ensdef.errors import CheckpointError, DataError, TrainingDiverged, UsageError
 from ensdef.evaluation import blank_record, evaluate_cell
 from ensdef.loading import attacked_subset, reload_data
@@ -118,6 +125,7 @@ def run_cell(cell: Cell, run: Run, progress: Progress, failures: dict[str, str])
             checkpoint=str(folder),
             protocol=run.protocol,
             prerequisites=surrogates,
+            health=training_report(folder).get("health", ()),
             progress=progress,
         )
     except (CheckpointError, DataError):

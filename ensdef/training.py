@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 from lightning_fabric import Fabric
-from torch import Tensor
+from torch import Tensor, nn
 
-from ensdef import augment
+from ensdef import augment, training_health
 from ensdef.adversary import Adversary
 from ensdef.backend import safe_convolutions
 from ensdef.build import build_defense
@@ -22,8 +22,10 @@ from ensdef.errors import PluginError, TrainingDiverged
 from ensdef.losses import cross_entropy
 from ensdef.progress import Progress
 from ensdef.recipe import Recipe, parse_train_eps
+from ensdef.registry import METHODS
 from ensdef.rng import derived_generator
 from ensdef.specs import TrainSpec
+from ensdef.tables import flag_note
 from ensdef.threat import Threat
 
 #: Share of the training images held out where the recipe keeps the best epoch.
@@ -108,6 +110,9 @@ def train(
                 last_good = _snapshot(defense)
         if best is not None:
             defense.load_state_dict(best[1])
+        health = _examine(loop)
+    for finding in health:
+        progress.message(f"{spec.model.method_call} seed {spec.setting.seed}: {flag_note(finding)}")
     defense.lend(None)
     defense.to("cpu", memory_format=torch.contiguous_format)  # type: ignore[call-overload]
     return Trained(
@@ -118,6 +123,7 @@ def train(
             "kept": "best epoch by robust accuracy on held-out training images" if best else "last epoch",
             "images_seen": loop.recipe.epochs * min(len(loop.train), loop.steps_per_epoch * loop.recipe.batch_size),
             "device": str(fabric.device),
+            "health": health,
         },
     )
 
@@ -132,11 +138,7 @@ def _prepare(spec: TrainSpec, defense: EnsembleDefense, data: Data, fabric: Fabr
     low, high = parse_train_eps(spec.setting.train_eps, spec.setting.norm)
     adversary = Adversary(defense, recipe.attack, spec.setting.norm, (float(low), float(high)))
     defense.lend(adversary)
-    moved = [parameter for parameter in defense.trainable() if parameter.requires_grad]
-    still = {id(parameter) for parameter in defense.parameters()} - {id(parameter) for parameter in moved}
-    for parameter in defense.parameters():
-        if id(parameter) in still:
-            parameter.requires_grad_(False)
+    moved = freeze_the_rest(defense)
     optimizer: torch.optim.Optimizer
     if recipe.optimizer == "adam":
         optimizer = torch.optim.Adam(moved, lr=recipe.lr, weight_decay=recipe.weight_decay, eps=1e-7)
@@ -149,7 +151,7 @@ def _prepare(spec: TrainSpec, defense: EnsembleDefense, data: Data, fabric: Fabr
 def _train_epoch(loop: _Loop, epoch: int, advance: Any) -> dict[str, float]:
     """One pass over the data; returns the mean of every term."""
     defense, recipe, device = loop.defense, loop.recipe, loop.fabric.device
-    _training_mode(defense)
+    training_mode(defense)
     augmentations = augment.parse(str(recipe.augment))
     orders = [
         torch.randperm(
@@ -225,7 +227,17 @@ def _check_weights(defense: EnsembleDefense, epoch: int) -> None:
             raise TrainingDiverged(f"weights {name!r} are not finite after epoch {epoch}; lower the learning rate")
 
 
-def _training_mode(defense: EnsembleDefense) -> None:
+def freeze_the_rest(defense: EnsembleDefense) -> list[nn.Parameter]:
+    """The parameters that training moves; all others stop asking for a gradient."""
+    moved = [parameter for parameter in defense.trainable() if parameter.requires_grad]
+    still = {id(parameter) for parameter in defense.parameters()} - {id(parameter) for parameter in moved}
+    for parameter in defense.parameters():
+        if id(parameter) in still:
+            parameter.requires_grad_(False)
+    return moved
+
+
+def training_mode(defense: EnsembleDefense) -> None:
     """Train mode, except for modules that hold frozen parameters alone: their buffers must not move either."""
     defense.train()
     for module in defense.modules():
@@ -250,6 +262,28 @@ def _robust_accuracy(loop: _Loop, split: Split) -> float:
         with torch.no_grad():
             right += int((loop.defense.predict(x_adv).argmax(dim=1) == y).sum())
     return right / max(1, len(split))
+
+
+def _examine(loop: _Loop) -> list[training_health.Finding]:
+    """What can be said of the finished training; draws from generators of its own."""
+    spec, device = loop.spec, loop.fabric.device
+    order = torch.randperm(len(loop.train), generator=derived_generator(torch.device("cpu"), spec.setting.seed, -4))
+    sample = order[: training_health.CLEAN_SAMPLE].to(device)
+    attacked = METHODS.get(spec.method).trains_on_attacks(spec.hyper)
+    try:
+        return training_health.examine(
+            loop.defense.eval(),
+            loop.train.x(sample),
+            loop.train.labels[sample],
+            loop.history,
+            loop.recipe.attack if attacked else None,
+            loop.adversary.norm,
+            loop.adversary.eps[1],
+            derived_generator(device, spec.setting.seed, -5),
+            loop.recipe.batch_size,
+        )
+    except Exception as error:  # a look afterwards must not cost the training
+        return [training_health.unexamined(error)]
 
 
 def _snapshot(defense: EnsembleDefense) -> dict[str, Tensor]:

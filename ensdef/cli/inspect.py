@@ -17,10 +17,16 @@ _KINDS = {"methods": METHODS, "attacks": ATTACKS, "datasets": DATASETS, "archite
 @cli.command("list")
 @click.argument("kind", type=click.Choice([*_KINDS, "protocols"]))
 @click.option("--plugin", multiple=True, metavar="FILE_OR_MODULE", help="Load a plug-in first (repeatable).")
-def list_(kind: str, plugin: tuple[str, ...]) -> None:
+@click.option("--cost", is_flag=True, help="Of methods: the member passes of one training batch.")
+def list_(kind: str, plugin: tuple[str, ...], cost: bool) -> None:
     """Names, what they are, and where they come from."""
+    if cost and kind != "methods":
+        raise click.UsageError(f"--cost is for methods; {kind} are not trained")
     for where in plugin:
         load_plugin(where)
+    if cost:
+        _costs()
+        return
     if kind == "protocols":
         from ensdef.protocol import load_protocol, protocol_names
 
@@ -30,6 +36,30 @@ def list_(kind: str, plugin: tuple[str, ...]) -> None:
     for listing in _KINDS[kind].listings():
         click.echo(f"{listing.name:16} {listing.summary}")
         click.echo(f"{'':16} [{listing.origin}] {listing.citation}".rstrip())
+
+
+def _costs() -> None:
+    """Every method's passes, with its default hyper-parameters; one that cannot be counted stops no other."""
+    from tabulate import tabulate
+
+    from ensdef.cost import count_passes
+
+    members, steps = 3, 10
+    rows = []
+    for name in METHODS.names():
+        try:
+            passes = count_passes(name, members, steps)
+            method = METHODS.get(name)
+            numbers = [passes.forward, passes.input_gradient, passes.training, passes.double_backward]
+            rows.append([name, method.member_count(method.Hyper()) or members, *numbers, round(passes.total, 1)])
+        except Exception as error:
+            click.echo(f"{name} cannot be counted: {type(error).__name__}: {error}", err=True)
+    heads = ["method", "members", "forward", "input gradient", "training", "double backward", "total"]
+    click.echo(tabulate(rows, heads, tablefmt="simple", floatfmt="g"))
+    click.echo(
+        f"\nPasses of one member over one batch, K = {steps} inner attack steps. total: the same work in training\n"
+        "passes, by multiplications: forward 1/3, input gradient 2/3, training 1, double backward 2."
+    )
 
 
 @cli.command()
