@@ -53,6 +53,9 @@ class Passes:
         return (self.forward + 2 * self.input_gradient + 3 * self.training + 6 * self.double_backward) / 3
 
 
+_KINDS = tuple(Passes.__dataclass_fields__)
+
+
 def count_passes(method_call: str, members: int = 3, steps: int = 10, batch: int = 8) -> Passes:
     """Count one batch of an untrained defence on tiny networks; all optimiser steps of the batch together.
 
@@ -84,9 +87,6 @@ def count_passes(method_call: str, members: int = 3, steps: int = 10, batch: int
         for terms in [result] if isinstance(result, dict) else result:
             torch.stack(list(terms.values())).sum().backward()
     return Passes(**{kind: sum((one.count(kind) * one.share for one in made), 0.0) for kind in _KINDS})
-
-
-_KINDS = tuple(Passes.__dataclass_fields__)
 
 
 @dataclass

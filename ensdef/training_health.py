@@ -5,7 +5,6 @@ The judgements are pure functions of what was seen; :func:`examine` looks. Nothi
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from math import sqrt
 from typing import Any
@@ -153,7 +152,7 @@ def examine(
     """Findings about a trained defence, which must be in eval mode and stays as it is.
 
     Args:
-        x, y: training images without augmentation, and labels; the first few hundred are looked at.
+        x, y: training images without augmentation, and labels; only the first are attacked.
         history: mean of every loss term by epoch.
         attack: of the training; None: it was not attacked.
         norm, eps: of the training.
@@ -162,7 +161,7 @@ def examine(
     """
     right, chosen = [], []
     with torch.no_grad():
-        for images, labels in _batches(x[:CLEAN_SAMPLE], y[:CLEAN_SAMPLE], batch_size):
+        for images, labels in _batches(x, y, batch_size):
             logits = defense.member_logits(images)
             right.append(logits.argmax(dim=2) == labels)
             selection = defense.selection(images)
@@ -188,7 +187,7 @@ def _withstood(
     rng: torch.Generator,
 ) -> Tensor:
     """Whether ``predict`` is right on each image after the attack, (n,) bool."""
-    adversary = Adversary(defense, dataclasses.replace(attack, batch_norm="eval"), norm, (eps, eps))
+    adversary = Adversary(defense, attack, norm, (eps, eps))
     adversary.begin_batch(rng)
     right = []
     for x, y in batches:

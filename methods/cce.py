@@ -97,13 +97,10 @@ class CrossingCollaborativeEnsemble(EnsembleDefense):
             crossing = torch.stack(
                 [member(x) for i, x in enumerate(crafted) for n, member in enumerate(self.members) if n != i]
             )
-            for name, weight, values in zip(
-                ("promote", "demote"),
-                self.hyper.weights,
-                crossing_terms(crossing, batch.y, self.hyper.indicator),
-                strict=True,
-            ):
-                terms[name] = weight / (len(crafted) - 1) * values.mean(dim=1).sum()
+            promote, demote = crossing_terms(crossing, batch.y, self.hyper.indicator)
+            promoting, demoting = (weight / (len(crafted) - 1) for weight in self.hyper.weights)
+            terms["promote"] = promoting * promote.mean(dim=1).sum()
+            terms["demote"] = demoting * demote.mean(dim=1).sum()
         return terms
 
 

@@ -28,16 +28,18 @@ class CldlHyper:
     """Hyper-parameters of ``cldl``.
 
     Args:
-        variant: ``paper``: label diversity of the soft labels, image by image, and signed cosines (as iGAT, Eq. (18),
-            restates the paper). ``code``: diversity of the confusion vectors, averaged over images and classes before
-            the exponential, which leaves it next to no gradient; absolute cosines, divided by the number of members.
+        variant: ``code``: the released loss; diversity of the confusion vectors u, averaged over images and classes
+            before the exponential, and absolute cosines, their sum divided by the number of members. ``paper``: as
+            iGAT, Eq. (18), restates the paper; diversity of the soft labels, image by image, and mean signed cosines.
+            Opposed gradients then earn up to beta/(K-1), with three members more than the 1.6 nats that guessing
+            costs, and members do give up accuracy.
         diversity_weight: alpha, of the soft labels' diversity; 2.
         alignment_weight: beta, of the gradients' cosine; 4.
         one_hot_weight: rho, of the one-hot label against the learned confusion; 4, and 3 on MNIST.
         adversarial: add the divergence on examples crafted, with hard labels, against the averaged ensemble.
     """
 
-    variant: Literal["paper", "code"] = "paper"
+    variant: Literal["code", "paper"] = "code"
     diversity_weight: float = 2.0
     alignment_weight: float = 4.0
     one_hot_weight: float = 4.0
@@ -89,6 +91,7 @@ class ConditionalLabelDependencyLearning(EnsembleDefense):
     recipe = Recipe(optimizer="adam", lr=1e-3, augment="+noise")
     batch_coupled = True  # variant=code: the logarithm of an exponential of a batch mean
     deviations = (
+        "The loss is that of the released code; the paper's, as restated by iGAT, is cldl[variant=paper].",
         "One pass gives logits and feature, where the released code runs the backbone twice.",
         "Logarithms are exact, without the offsets of 1e-6 and 1e-30; cosines have no floor under the lengths.",
     )

@@ -73,11 +73,11 @@ class DiversifyingVulnerabilities(EnsembleDefense):
     def __init__(self, members: Sequence[nn.Module], hyper: Any = None) -> None:
         super().__init__(members, hyper)
         require(len(members) > 1, f"dverge with {len(members)} member: there is no other to learn from; use 2 or more")
-        foreign = [type(member).__name__ for member in members if not isinstance(member, Network)]
+        foreign = {type(member).__name__ for member in members if not isinstance(member, Network)}
         require(
             not foreign,
-            f"dverge compares hidden features, which {foreign[:1]} does not tell; use a registered architecture "
-            "(a subclass of ensdef.architecture.Network)",
+            f"dverge compares hidden features by layer; a member of type {', '.join(foreign)} has no numbered layers: "
+            "use a registered architecture (a subclass of ensdef.architecture.Network)",
         )
 
     def loss(self, batch: Batch, progress: float) -> Terms:

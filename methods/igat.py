@@ -30,7 +30,8 @@ class IgatHyper:
     """Hyper-parameters of ``igat``.
 
     Args:
-        base: the defence that is fine-tuned, a call such as ``adp[entropy_weight=1]``.
+        base: the defence that is fine-tuned, a call: the released scripts have ``adp[adversarial=ce]`` and
+            ``dverge[adversarial=true,distill_eps=0.05]``.
         distribute_weight, penalty_weight: alpha and beta. None: 5 and 10, or 0.25 and 0.5 for a base that selects
             among its members, as the paper has it for SoE. Both 0: training goes on with the base's loss alone.
         rule: which member an adversarial example goes to. ``soft``: drawn by rank, Eq. (14); ``hard``: the best,
@@ -104,7 +105,8 @@ class InteractiveGlobalAdversarialTraining(EnsembleDefense):
     def loss(self, batch: Batch, progress: float) -> Terms | Iterator[Terms]:
         """L_E + alpha CE of the drawn members + beta L_R, Eq. (16). Terms: base_..., distributed, penalty.
 
-        A base of several batches or steps steps first, the added terms after it (released script for DVERGE).
+        A base that draws several batches or takes several steps goes first; the added terms follow in a step of their
+        own (released script for DVERGE).
         """
         own, attacked = halved(batch) if self.halves else (batch, batch)
         crafted = None
@@ -272,5 +274,5 @@ def misclassification_penalty(logits: Tensor, y: Tensor, wrong: Tensor, kind: st
     rest = log_probs.scatter(2, counted.argmax(dim=2, keepdim=True), -torch.inf).logsumexp(dim=2)
     penalty = -rest if kind == "sum" else -rest.min(dim=0, keepdim=True).values
     # the value alone is capped: a clamp would take the gradient from the worst errors
-    penalty = penalty + (penalty.clamp(0, LARGEST_PENALTY) - penalty).detach()
+    penalty = penalty + (penalty.clamp(max=LARGEST_PENALTY) - penalty).detach()
     return penalty.sum(dim=0) * wrong

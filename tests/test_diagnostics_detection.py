@@ -78,9 +78,9 @@ def test_the_area_depends_on_ranks_alone() -> None:
 @given(scores, scores)
 def test_every_point_of_the_curve_counts_the_scores_above_its_threshold(clean: Tensor, crafted: Tensor) -> None:
     false_positive, true_positive, thresholds = roc_points(clean, crafted)
-    for fpr, tpr, threshold in zip(false_positive, true_positive, thresholds, strict=True):
-        assert float(fpr) == pytest.approx(float((clean >= threshold).double().mean()))
-        assert float(tpr) == pytest.approx(float((crafted >= threshold).double().mean()))
+    for false_rate, true_rate, threshold in zip(false_positive, true_positive, thresholds, strict=True):
+        assert float(false_rate) == pytest.approx(float((clean >= threshold).double().mean()))
+        assert float(true_rate) == pytest.approx(float((crafted >= threshold).double().mean()))
     assert (float(false_positive[0]), float(true_positive[0])) == (0.0, 0.0)
     assert (float(false_positive[-1]), float(true_positive[-1])) == (1.0, 1.0)
     assert len(thresholds) == 1 + len(torch.cat([clean, crafted]).unique())

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from ensdef.methods.more import WEATHER, MixtureOfRobustExperts, MoreHyper, mixture_of_logits
+from ensdef.methods.more import WEATHER, MixtureOfRobustExperts, mixture_of_logits
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -302,7 +302,7 @@ def test_each_setting_s_loss_is_the_mixture_s_cross_entropy_on_its_images() -> N
     draws = generator()
     seen = {
         "clean": x,
-        **{role: 1 - x for role in LP[1:]},
+        **dict.fromkeys(LP[1:], 1 - x),
         WEATHER[0]: fog(x, 0.13, 0.8),
         WEATHER[1]: fog(x, 0.15, 0.6),
         WEATHER[2]: snow(x, torch.rand(12, generator=draws), 2.0),

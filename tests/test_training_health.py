@@ -133,12 +133,11 @@ def test_only_a_gap_above_20_points_that_is_significant_counts(
 
 
 def test_images_on_which_the_attacks_disagree_both_ways_weaken_the_gap() -> None:
-    """25 points over 40 images either way: ten images against none, or fourteen against four."""
-    alike = torch.arange(40) < 10
-    one_way = catastrophic_overfitting(alike, torch.zeros(40, dtype=torch.bool))
-    inner, strong = torch.arange(40) < 14, (torch.arange(40) >= 20) & (torch.arange(40) < 24)
-    assert names(one_way) == ["catastrophic_overfitting"]
-    assert catastrophic_overfitting(inner, strong) == []
+    """18 of 80 images either way: 18 against none, or 30 against 12."""
+    image = torch.arange(80)
+    one_way = catastrophic_overfitting(image < 18, image < 0)
+    both_ways = catastrophic_overfitting(image < 30, image >= 68)
+    assert (names(one_way), both_ways) == (["catastrophic_overfitting"], [])
 
 
 # -- exploding terms --------------------------------------------------------------------------------------------
@@ -293,15 +292,15 @@ FGSM = {"steps": 1, "step_size": "eps", "start": "zero"}
 
 
 def test_a_defence_that_only_withstands_the_attack_it_was_trained_with_is_found() -> None:
-    (finding,) = found("toy_masked", attack=FGSM, train_eps="0.3")
+    (finding,) = found("toy_masked", members=1, attack=FGSM, train_eps="0.3")
     assert finding["flag"] == "catastrophic_overfitting"
     assert finding["value"] > 0.5
-    assert found("toy_masked", attack={**FGSM, "steps": 10, "step_size": "eps/4"}, train_eps="0.3") == []
+    assert found("toy_masked", members=1, attack={**FGSM, "steps": 10, "step_size": "eps/4"}, train_eps="0.3") == []
 
 
 def test_a_training_without_attacks_cannot_overfit_to_one(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Masked, "trains_on_attacks", classmethod(lambda cls, hyper: False))
-    assert found("toy_masked", attack=FGSM, train_eps="0.3") == []
+    assert found("toy_masked", members=1, attack=FGSM, train_eps="0.3") == []
 
 
 def test_a_term_that_explodes_is_found() -> None:
@@ -368,7 +367,7 @@ def test_looking_leaves_weights_buffers_modes_and_randomness_as_they_are(
 
 
 def test_the_same_training_is_judged_the_same() -> None:
-    settings: dict[str, Any] = {"attack": FGSM, "train_eps": "0.3", "epochs": 2}
+    settings: dict[str, Any] = {"attack": FGSM, "train_eps": "0.3", "epochs": 2, "members": 1}
     assert found("toy_masked", **settings) == found("toy_masked", **settings)
 
 
@@ -376,11 +375,16 @@ def test_only_a_sample_is_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(training_health, "CLEAN_SAMPLE", 30)
     monkeypatch.setattr(training_health, "ATTACKED_SAMPLE", 20)
     seen: list[int] = []
-    predict = Masked.predict
-    monkeypatch.setattr(Masked, "predict", lambda self, x: seen.append(len(x)) or predict(self, x))  # type: ignore[func-returns-value]
-    found("toy_masked", attack=FGSM, epochs=1)
-    steps = 1 + training_health.STRONG.steps
-    assert sum(seen) == 20 * (steps + 2)
+    member_logits = Masked.member_logits
+
+    def spy(self: Masked, x: Tensor) -> Tensor:
+        seen.append(len(x))
+        return member_logits(self, x)
+
+    monkeypatch.setattr(Masked, "member_logits", spy)
+    found("toy_masked", members=1, attack=FGSM, epochs=1)
+    of_both_attacks = 1 + training_health.STRONG.steps + 2
+    assert sum(seen) == 100 + 30 + 20 * of_both_attacks, "training, clean, attacked"
 
 
 # -- records and the screen -------------------------------------------------------------------------------------
@@ -423,7 +427,7 @@ def test_a_checkpoint_from_before_findings_were_kept_gives_none(tmp_path: Path) 
     del content["report"]["health"]
     description.write_text(json.dumps(content))
     (record,) = run_cells([dataclasses.replace(one, attack=cell("toy_choosing", "mim").attack)], Run(tmp_path))
-    assert record.flags == []
+    assert (record.error, record.flags) == (None, [])
 
 
 def test_bench_tells_what_it_found_on_screen_and_below_the_table(tmp_path: Path) -> None:

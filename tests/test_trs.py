@@ -58,6 +58,7 @@ def member_gradients(defense: TransferabilityReducedSmooth, x: Tensor, y: Tensor
 
 def plain_trs(defense: TransferabilityReducedSmooth, x: Tensor, y: Tensor, x_smooth: Tensor) -> dict[str, float]:
     """The loss as the released code computes it, with a sum over pairs where it writes out three of them."""
+    weights = defense.hyper
     ce = sum(number(cross_entropy(member(x), y).mean()) for member in defense.members)
     g, h = (member_gradients(defense, at, y).numpy() for at in (x, x_smooth))
     cosines = [
@@ -67,7 +68,11 @@ def plain_trs(defense: TransferabilityReducedSmooth, x: Tensor, y: Tensor, x_smo
         for b in range(len(x))
     ]
     squares = [2 * sum(value**2 for value in h[i, b]) for i in range(len(h)) for b in range(len(x))]
-    return {"ce": ce, "similarity": 5 * 2 * float(np.mean(cosines)), "smoothness": 5 * 2 * float(np.mean(squares))}
+    return {
+        "ce": ce,
+        "similarity": weights.scale * weights.similarity_weight * float(np.mean(cosines)),
+        "smoothness": weights.scale * weights.smoothness_weight * float(np.mean(squares)),
+    }
 
 
 def values(terms: dict[str, Tensor]) -> dict[str, float]:
@@ -206,7 +211,7 @@ def test_gradients_of_the_batch_mean_shrink_the_smoothness_with_its_square() -> 
 
 
 def test_gradients_of_the_batch_mean_are_the_released_code_s() -> None:
-    defense, given_batch = defense_of(gradient="batch_mean"), batch()
+    defense, given_batch = defense_of(gradient="batch_mean", smoothness_weight=2.0), batch()
     x = given_batch.x.clone().requires_grad_()
     gradients = [
         torch.autograd.grad(cross_entropy(member(x), given_batch.y).mean(), x)[0].flatten(1)
@@ -214,6 +219,17 @@ def test_gradients_of_the_batch_mean_are_the_released_code_s() -> None:
     ]
     expected = sum(2 * gradient.square().sum(dim=1).mean() for gradient in gradients) / 3
     torch.testing.assert_close(defense.loss(given_batch, 0.0)["smoothness"].detach(), 10 * torch.as_tensor(expected))
+
+
+def test_constant_members_have_nothing_to_lose_but_their_cross_entropy() -> None:
+    """Why the weights must not outgrow it."""
+    defense, given_batch = defense_of(), batch()
+    with torch.no_grad():
+        for member in defense.members:
+            member.classifier.weight.zero_()
+    terms = defense.loss(given_batch, 0.0)
+    assert number(terms["similarity"]) == number(terms["smoothness"]) == 0
+    assert number(terms["ce"]) > 0
 
 
 @pytest.mark.parametrize("order", [[2, 0, 1], [1, 0, 2]])
