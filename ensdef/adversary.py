@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from ensdef.defense import EnsembleDefense, Objective
+from ensdef.defense import Batch, EnsembleDefense, InnerAdversary, Objective
 from ensdef.folding import FoldedCopy
 from ensdef.losses import cross_entropy
 from ensdef.notation import relative
@@ -113,3 +114,30 @@ class Adversary:
             finally:
                 for module, flag in training.items():
                     module.training = flag
+
+
+@dataclass(frozen=True, eq=False)
+class AlreadyCrafted:
+    """What a composed defence lends the one inside it: an attack that was just made on its behalf is not made again.
+
+    Args:
+        adversary: makes every other attack.
+        objective, batch: the attack that was made: plain, on this module and these images and labels.
+        x_adv: what came of it.
+    """
+
+    adversary: InnerAdversary
+    objective: nn.Module
+    batch: Batch
+    x_adv: Tensor
+
+    def __call__(self, objective: Objective, x: Tensor, y: Tensor | None = None, **options: Any) -> Tensor:
+        plain = {"threat": None, "steps": None, "step_size": None, "momentum": 0.0, "start": None, "descend": False}
+        same = objective is self.objective and x is self.batch.x and y is self.batch.y and options == plain
+        return self.x_adv if same else self.adversary(objective, x, y, **options)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.adversary, name)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> AlreadyCrafted:
+        return self

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, TypeVar
 
 import torch
@@ -41,6 +41,21 @@ class Batch:
     ids: Tensor
     streams: tuple[tuple[Tensor, Tensor], ...] = ()
     rng: torch.Generator = field(default_factory=torch.Generator)
+
+    def halves(self) -> tuple[Batch, Batch]:
+        """The first and the second half of the images, and of every further stream's.
+
+        Raises:
+            UsageError: a batch of one image.
+        """
+        cut = len(self.x) // 2
+        require(cut > 0, "each batch is cut into halves; use a batch_size of at least 2")
+
+        def part(rows: slice) -> Batch:
+            streams = tuple((x[rows], y[rows]) for x, y in self.streams)
+            return replace(self, x=self.x[rows], y=self.y[rows], ids=self.ids[rows], streams=streams)
+
+        return part(slice(cut)), part(slice(cut, None))
 
 
 class InnerAdversary(Protocol):

@@ -5,24 +5,22 @@ global adversarial training, iGAT, which fine-tunes another ensemble defence.
 from __future__ import annotations
 
 import inspect
-import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
+from ensdef.methods._allocation import draw_probabilities, misclassification_penalty
 from torch import Tensor, nn
 
 from ensdef import combine
-from ensdef.defense import Batch, EnsembleDefense, InnerAdversary, MakeNetwork, Terms, register_defense, require
+from ensdef.adversary import AlreadyCrafted
+from ensdef.defense import Batch, EnsembleDefense, MakeNetwork, Terms, register_defense, require
 from ensdef.losses import member_cross_entropy
 from ensdef.notation import fill, parse_call
 from ensdef.recipe import InnerAttack, Recipe
 from ensdef.registry import METHODS
 from ensdef.specs import TrainSpec
-
-#: The released code takes no probability in the penalty for more than 0.99.
-LARGEST_PENALTY = -math.log(1 - 0.99)
 
 
 @dataclass(frozen=True)
@@ -108,7 +106,7 @@ class InteractiveGlobalAdversarialTraining(EnsembleDefense):
         A base that draws several batches or takes several steps goes first; the added terms follow in a step of their
         own (released script for DVERGE).
         """
-        own, attacked = halved(batch) if self.halves else (batch, batch)
+        own, attacked = batch.halves() if self.halves else (batch, batch)
         crafted = None
         if any(self.weights):
             crafted = replace(attacked, x=self.adversary(self, attacked.x, attacked.y))
@@ -146,7 +144,8 @@ class InteractiveGlobalAdversarialTraining(EnsembleDefense):
         return terms
 
     def _penalty(self, logits: Tensor, y: Tensor) -> Tensor:
-        return misclassification_penalty(logits, y, self._wrong(logits, y), self.hyper.penalty).mean()
+        penalty: Tensor = misclassification_penalty(logits, y, self._wrong(logits, y), self.hyper.penalty)
+        return penalty.mean()
 
     def _wrong(self, logits: Tensor, y: Tensor) -> Tensor:
         """Whether the ensemble misclassifies, (B,) bool."""
@@ -200,79 +199,6 @@ class InteractiveGlobalAdversarialTraining(EnsembleDefense):
         return {"base": spec.derive(*parse_call(spec.hyper.base))}
 
 
-@dataclass(frozen=True, eq=False)
-class AlreadyCrafted:
-    """The inner adversary as the base sees it: an attack on the averaged ensemble just made is not made again."""
-
-    adversary: InnerAdversary
-    base: EnsembleDefense
-    attacked: Batch
-    x_adv: Tensor
-
-    def __call__(self, objective: Any, x: Tensor, y: Tensor | None = None, **options: Any) -> Tensor:
-        plain = {"threat": None, "steps": None, "step_size": None, "momentum": 0.0, "start": None, "descend": False}
-        same = objective is self.base and x is self.attacked.x and y is self.attacked.y and options == plain
-        return self.x_adv if same else self.adversary(objective, x, y, **options)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.adversary, name)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> AlreadyCrafted:
-        return self
-
-
 def of_base(terms: Terms) -> Terms:
     """The base's terms under names of their own."""
     return {f"base_{name}": value for name, value in terms.items()}
-
-
-def halved(batch: Batch) -> tuple[Batch, Batch]:
-    """First and second half of a batch and of its streams."""
-    cut = len(batch.x) // 2
-    require(cut > 0, "igat cuts each batch into halves for this base; use a batch_size of at least 2")
-
-    def part(rows: slice) -> Batch:
-        streams = tuple((x[rows], y[rows]) for x, y in batch.streams)
-        return replace(batch, x=batch.x[rows], y=batch.y[rows], ids=batch.ids[rows], streams=streams)
-
-    return part(slice(cut)), part(slice(cut, None))
-
-
-def draw_probabilities(scores: Tensor, rule: str) -> Tensor:
-    """Each member's chance to get an image, (K, B) -> (K, B); columns sum to 1.
-
-    Args:
-        scores: of the true class, on any monotone scale; of equal members the earlier ranks higher.
-        rule: ``soft``: 2^(K - r) / (2^K - 1) for rank r = 1 (best), ..., K, Eq. (14); others see :class:`IgatHyper`.
-    """
-    members = len(scores)
-    rank = 1 + scores.argsort(dim=0, descending=True, stable=True).argsort(dim=0)
-    if rule == "soft":
-        return torch.exp2(members - rank.to(scores.dtype)) / (2.0**members - 1)
-    if rule == "random":
-        return torch.full_like(scores, 1 / members)
-    return (rank == (1 if rule == "hard" else members)).to(scores.dtype)
-
-
-def misclassification_penalty(logits: Tensor, y: Tensor, wrong: Tensor, kind: str) -> Tensor:
-    """-log(1 - p) of the members' most confident error where the ensemble is wrong, 0 elsewhere.
-
-    Args:
-        logits: (K, B, C).
-        y: labels, (B,).
-        wrong: whether the ensemble misclassifies, (B,) bool.
-        kind: see :class:`IgatHyper`.
-    Returns:
-        (B,), at most -log 0.01 for each member that counts.
-    Source:
-        Deng and Mu 2023, Eq. (15); ``sum``, the left-out true class and the cap from the authors' code.
-    """
-    log_probs = combine.log_probs(logits)
-    true = y.view(1, -1, 1).expand(len(logits), -1, 1)
-    counted = log_probs if kind == "literal" else log_probs.scatter(2, true, -torch.inf)
-    # log(1 - p) is the log-sum of the other classes: exact even where 1 - p has no digit left
-    rest = log_probs.scatter(2, counted.argmax(dim=2, keepdim=True), -torch.inf).logsumexp(dim=2)
-    penalty = -rest if kind == "sum" else -rest.min(dim=0, keepdim=True).values
-    # the value alone is capped: a clamp would take the gradient from the worst errors
-    penalty = penalty + (penalty.clamp(max=LARGEST_PENALTY) - penalty).detach()
-    return penalty.sum(dim=0) * wrong

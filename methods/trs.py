@@ -116,10 +116,9 @@ class TransferabilityReducedSmooth(EnsembleDefense):
 
     def ball(self, progress: float) -> Threat:
         """Where the search may go."""
-        lent: Any = self._lent()
-        training: Threat = lent.threat
-        start, end = (relative(text, training.eps, "delta") for text in (self.hyper.delta_start, self.hyper.delta_end))
-        return replace(training, eps=start + progress * (end - start))
+        threat: Threat = self.training_threat
+        start, end = (relative(text, threat.eps, "delta") for text in (self.hyper.delta_start, self.hyper.delta_end))
+        return replace(threat, eps=start + progress * (end - start))
 
 
 def smoothness(gradients: Tensor) -> Tensor:

@@ -12,15 +12,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from ensdef.methods._allocation import LARGEST_PENALTY, draw_probabilities, misclassification_penalty
 from ensdef.methods.adp import AdaptiveDiversityPromoting
 from ensdef.methods.baseline import Natural
-from ensdef.methods.igat import (
-    LARGEST_PENALTY,
-    IgatHyper,
-    InteractiveGlobalAdversarialTraining,
-    draw_probabilities,
-    misclassification_penalty,
-)
+from ensdef.methods.igat import IgatHyper, InteractiveGlobalAdversarialTraining
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
