@@ -351,6 +351,15 @@ def test_the_order_of_members_changes_nothing(variant: str, order: list[int]) ->
     torch.testing.assert_close(defense.loss(batch(), 0.0), before)
 
 
+def test_divergences_are_computed_in_double_precision_whatever_that_of_the_networks() -> None:
+    defense, given_batch = defense_of().float(), batch()
+    divergences, confusion, soft = defense.divergences(given_batch.x.float(), given_batch.y)
+    assert {value.dtype for value in [*divergences, confusion, soft]} == {torch.float64}
+    for member, divergence in zip(soft, divergences, strict=True):
+        assert not torch.equal(divergence, divergence.float().double())
+        torch.testing.assert_close(member.exp().sum(dim=1), torch.ones(6, dtype=torch.float64), rtol=0, atol=1e-14)
+
+
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("height", [1e2, 1e4])
 def test_near_certain_members_and_label_models_give_finite_values_and_slopes(variant: str, height: float) -> None:
