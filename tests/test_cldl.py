@@ -355,9 +355,9 @@ def test_divergences_are_computed_in_double_precision_whatever_that_of_the_netwo
     defense, given_batch = defense_of().float(), batch()
     divergences, confusion, soft = defense.divergences(given_batch.x.float(), given_batch.y)
     assert {value.dtype for value in [*divergences, confusion, soft]} == {torch.float64}
-    for member, divergence in zip(soft, divergences, strict=True):
-        assert not torch.equal(divergence, divergence.float().double())
-        torch.testing.assert_close(member.exp().sum(dim=1), torch.ones(6, dtype=torch.float64), rtol=0, atol=1e-14)
+    for member, log_s, divergence in zip(defense.members, soft, divergences, strict=True):
+        log_p = member(given_batch.x.float()).double().log_softmax(dim=1)
+        torch.testing.assert_close(divergence, (log_s.exp() * (log_s - log_p)).sum(dim=1), rtol=1e-13, atol=1e-14)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

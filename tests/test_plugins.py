@@ -343,6 +343,19 @@ def test_check_exits_1_and_prints_what_to_do_where_a_clause_does_not_hold(tmp_pa
     assert "Traceback" not in result.output
 
 
+def test_several_names_are_checked_in_one_go() -> None:
+    result = ens("check", "nat", "fgsm")
+    assert result.exit_code == 0
+    assert [line.partition(":")[0] for line in result.output.splitlines()] == ["nat", "fgsm"]
+
+
+@pytest.mark.parametrize("arguments", [(), ("nat", "--all")])
+def test_check_wants_names_or_all(arguments: tuple[str, ...]) -> None:
+    result = ens("check", *arguments)
+    assert result.exit_code == 2
+    assert "either NAMEs or --all" in result.output
+
+
 def test_check_of_an_unknown_name_is_refused_with_the_nearest() -> None:
     result = ens("check", "natt")
     assert result.exit_code == 2

@@ -14,21 +14,28 @@ from ensdef.registry import ATTACKS, METHODS, load_plugin
 
 
 @cli.command()
-@click.argument("name")
+@click.argument("names", nargs=-1, metavar="NAME...")
 @click.option("--plugin", multiple=True, metavar="FILE_OR_MODULE", help="Load a plug-in first (repeatable).")
-def check(name: str, plugin: tuple[str, ...]) -> None:
-    """Run the contract tests of one defence or attack; exit 1 if one fails."""
+@click.option("--all", "every", is_flag=True, help="Every defence and attack.")
+def check(names: tuple[str, ...], plugin: tuple[str, ...], every: bool) -> None:
+    """Run the contract tests of defences and attacks; exit 1 if one fails."""
     for where in plugin:
         load_plugin(where)
     from ensdef.testing import check_plugin
 
-    findings = check_plugin(name)
-    for finding in findings:
-        click.echo(
-            f"{'ok  ' if finding.ok else 'FAIL'} {finding.check}" + ("" if finding.ok else f"\n     {finding.message}")
-        )
-    failed = sum(not finding.ok for finding in findings)
-    click.echo(f"{name}: {len(findings) - failed} of {len(findings)} checks passed")
+    if every == bool(names):
+        raise click.UsageError("give either NAMEs or --all")
+    failed = 0
+    for name in [*METHODS.names(), *ATTACKS.names()] if every else names:
+        findings = check_plugin(name)
+        for finding in findings:
+            if not finding.ok:
+                click.echo(f"FAIL {finding.check}\n     {finding.message}")
+            elif len(names) == 1:
+                click.echo(f"ok   {finding.check}")
+        broken = sum(not finding.ok for finding in findings)
+        click.echo(f"{name}: {len(findings) - broken} of {len(findings)} checks passed")
+        failed += broken
     if failed:
         sys.exit(1)
 
