@@ -35,24 +35,26 @@ class Threat:
         return cls(norm, float(parse_eps(eps, norm, dimensions)))
 
     @classmethod
-    def relative(cls, norm: str, radius: str, run: Threat, dimensions: int | None = None) -> Threat:
+    def relative(
+        cls, norm: str, radius: str, run: Threat, *, dimensions: int | None = None, owner: str | None = None
+    ) -> Threat:
         """A radius as a hyper-parameter states it: a number, or in units of the training radius (``"0.75*eps"``).
 
         Args:
             run: the threat of the training.
             dimensions: as in :func:`ensdef.notation.parse_eps`.
+            owner: the method, for the messages.
         Raises:
             UsageError: in units of a radius in another norm, or larger than the box.
         """
+        what = f"{owner}[{norm}]" if owner else norm
         if "eps" in radius and norm != run.norm:
-            raise UsageError(
-                f"{norm} is {radius!r}, but the training radius is in {run.norm}; write {norm} as a number"
-            )
-        eps = relative(radius, run.eps, norm)
+            raise UsageError(f"{what} is {radius!r}, but the training radius is in {run.norm}; write it as a number")
+        eps = relative(radius, run.eps, what)
         try:
             parse_eps(eps, "linf" if norm == "linf" else "l2", dimensions if norm == "l2" else None)
         except UsageError as error:
-            raise UsageError(f"{norm} is {radius!r}: {error}") from None
+            raise UsageError(f"{what} is {radius!r}: {error}") from None
         return cls(norm, eps)
 
     def project(self, x_adv: Tensor, x: Tensor) -> Tensor:

@@ -133,14 +133,7 @@ class MixtureOfRobustExperts(EnsembleDefense):
                 experts[role] = spec.derive("nat", members=1, recipe=recipe)
             else:
                 norm, radius = role.split(maxsplit=1)
-                ends = [
-                    Threat.relative(norm, radius, Threat(setting.norm, float(eps)), setting.data.dimensions).eps
-                    for eps in parse_train_eps(setting.train_eps, setting.norm)
-                ]
-                # fractions again, so that the expert at the run's own radius is the run's own row of adv
-                low, high = (Fraction(eps).limit_denominator(10**6) for eps in ends)
-                train_eps = str(low) if low == high else f"uniform({low},{high})"
-                experts[role] = spec.derive("adv", members=1, norm=norm, train_eps=train_eps)
+                experts[role] = spec.derive("adv", members=1, norm=norm, train_eps=expert_eps(spec, norm, radius))
         return experts
 
     def warm_start(self, prerequisites: Mapping[str, EnsembleDefense]) -> None:
@@ -163,6 +156,18 @@ class MixtureOfRobustExperts(EnsembleDefense):
             "top_expert": lambda x: combine.select(self.member_logits(x), self.gate(x)),
             "fixed_gate": lambda x: mixture_of_logits(self.member_logits(x), self.gate(x).detach()),
         }
+
+
+def expert_eps(spec: TrainSpec, norm: str, radius: str) -> str:
+    """The training radius of an expert, of a run whose own may be drawn between two ends: ``"3/20"``."""
+    setting, ends = spec.setting, []
+    for end in parse_train_eps(setting.train_eps, setting.norm):
+        run = Threat(setting.norm, float(end))
+        eps = Threat.relative(norm, radius, run, dimensions=setting.data.dimensions, owner=spec.method).eps
+        # a fraction again, so that the expert at the run's own radius is the run's own row of adv
+        ends.append(Fraction(eps).limit_denominator(10**6))
+    low, high = ends
+    return str(low) if low == high else f"uniform({low},{high})"
 
 
 def mixture_of_logits(logits: Tensor, scores: Tensor) -> Tensor:

@@ -93,7 +93,7 @@ class UnionTraining(EnsembleDefense):
         setting = spec.setting
         run = Threat(setting.norm, float(parse_train_eps(setting.train_eps, setting.norm)[1]))
         for norm, radius in spec.hyper.balls:
-            Threat.relative(norm, radius, run, setting.data.dimensions)
+            Threat.relative(norm, radius, run, dimensions=setting.data.dimensions, owner=spec.method)
         return {}
 
     def threats(self) -> list[Threat]:

@@ -186,11 +186,11 @@ def test_a_drawn_radius_is_scaled_at_both_ends() -> None:
 @pytest.mark.parametrize(
     ("hyper", "changes", "message"),
     [
-        ({}, {"norm": "l2", "train_eps": "1"}, r"linf is '0.75\*eps', but the training radius is in l2; write linf"),
-        ({"l2": "eps"}, {}, r"l2 is 'eps', but the training radius is in linf"),
-        ({"l2": "0.5+100"}, {}, r"l2 is '100': .* further apart than 8.00 in l2"),
-        ({"linf": "8*eps"}, {}, r"linf is '8\*eps': .*images are in \[0, 1\]"),
-        ({"linf": "-0.1"}, {}, r"linf is '-0.1': .*at least 0"),
+        ({}, {"norm": "l2", "train_eps": "1"}, r"more\[linf\] is '0.75\*eps', but .* is in l2; write it"),
+        ({"l2": "eps"}, {}, r"more\[l2\] is 'eps', but the training radius is in linf"),
+        ({"l2": "0.5+100"}, {}, r"more\[l2\] is '100': .* further apart than 8.00 in l2"),
+        ({"linf": "8*eps"}, {}, r"more\[linf\] is '8\*eps': .*images are in \[0, 1\]"),
+        ({"linf": "-0.1"}, {}, r"more\[linf\] is '-0.1': .*at least 0"),
     ],
 )
 def test_radii_that_do_not_fit_the_run_are_refused_before_training(

@@ -514,11 +514,11 @@ def test_there_is_one_network_and_nothing_to_train_first(name: str) -> None:
 @pytest.mark.parametrize(
     ("hyper", "changes", "message"),
     [
-        ({}, {"norm": "l2", "train_eps": "1"}, r"linf is 'eps', but the training radius is in l2; write linf"),
-        ({"l1": "4*eps"}, {}, r"l1 is '4\*eps', but the training radius is in linf"),
-        ({"l2": "9"}, {}, r"l2 is '9': .*further apart than 8.00 in l2"),
-        ({"l1": "-1"}, {}, r"l1 is '-1': .*at least 0"),
-        ({"linf": "3*eps"}, {"train_eps": "uniform(0.1,0.4)"}, r"linf is '3\*eps': .*\[0, 1\]"),
+        ({}, {"norm": "l2", "train_eps": "1"}, r"\[linf\] is 'eps', but the training radius is in l2; write it"),
+        ({"l1": "4*eps"}, {}, r"\[l1\] is '4\*eps', but the training radius is in linf"),
+        ({"l2": "9"}, {}, r"\[l2\] is '9': .*further apart than 8.00 in l2"),
+        ({"l1": "-1"}, {}, r"\[l1\] is '-1': .*at least 0"),
+        ({"linf": "3*eps"}, {"train_eps": "uniform(0.1,0.4)"}, r"\[linf\] is '3\*eps': .*\[0, 1\]"),
         ({"linf": "none", "l2": "none"}, {}, r"linf, l2 and l1 are all none, .*give a radius"),
         ({"linf": "big"}, {}, r"linf is 'big'; expected a number"),
     ],
@@ -526,7 +526,7 @@ def test_there_is_one_network_and_nothing_to_train_first(name: str) -> None:
 def test_radii_that_do_not_fit_are_refused_before_training(
     name: str, hyper: dict[str, Any], changes: dict[str, Any], message: str
 ) -> None:
-    with pytest.raises(UsageError, match=message):
+    with pytest.raises(UsageError, match=rf"^{name}.*{message}"):
         TrainSpec.create(name, hyper, toy_setting(DATA, **changes))
 
 
