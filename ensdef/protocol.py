@@ -38,7 +38,8 @@ class Protocol:
         attacks: columns; their own eps and norm prevail.
         eps, norm: for columns that do not say; eps None: the data set's default.
         train_eps: radius of training; None: the data set's default; ``"eps"``: one training for each attack radius.
-        recipe: overrides of every method's recipe; ``recipes`` the same for one data set.
+        recipe: overrides of every method's recipe; ``recipes`` the same for one data set, ``method_recipes`` for one
+            method (and prevailing).
     """
 
     name: str
@@ -64,6 +65,7 @@ class Protocol:
     search: str = "fp32"
     recipe: Mapping[str, Any] = field(default_factory=dict)
     recipes: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    method_recipes: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
     @property
     def id(self) -> str:
@@ -127,8 +129,8 @@ def _check_types(content: dict[str, Any], owner: str) -> None:
         what = f"{owner}: {key}"
         if key in ("methods", "attacks", "seeds") and not isinstance(value, list):
             raise UsageError(f"{what} is {value!r}; expected a list")
-        if key in ("recipe", "recipes"):
-            tables = value.values() if key == "recipes" and isinstance(value, Mapping) else [value]
+        if key in ("recipe", "recipes", "method_recipes"):
+            tables = value.values() if key != "recipe" and isinstance(value, Mapping) else [value]
             if not all(isinstance(table, Mapping) for table in tables):
                 raise UsageError(f"{what} is {value!r}; expected a table of training settings")
         elif key not in ("attacks", "eps"):
@@ -165,7 +167,8 @@ def plan(protocol: Protocol) -> tuple[list[Cell], Data]:
     columns = [(parse_call(column.call), column) for column in protocol.attacks]
     if not methods or not columns or not protocol.seeds:
         raise UsageError(f"protocol {protocol.name} has no {'methods' if not methods else 'attacks or seeds'}")
-    for registry, names in ((METHODS, [name for name, _ in methods]), (ATTACKS, [call[0] for call, _ in columns])):
+    used = [*(name for name, _ in methods), *protocol.method_recipes]
+    for registry, names in ((METHODS, used), (ATTACKS, [call[0] for call, _ in columns])):
         for name in names:
             registry.get(name)
     source = DATASETS.get(protocol.dataset)
@@ -207,6 +210,7 @@ def plan(protocol: Protocol) -> tuple[list[Cell], Data]:
                         recipe,
                         protocol.precision,
                         seed,
+                        protocol.method_recipes,
                     )
                     spec = AttackSpec.create(
                         attack,

@@ -57,6 +57,7 @@ class Setting:
         architecture: a call such as ``resnet20`` or ``resnet[depth=26]``.
         members: for defences that do not fix their number.
         recipe: overrides of the method's recipe by field name; ``attack`` may be a mapping.
+        method_recipes: further overrides for single methods (fine-tuning wants another learning rate), by name.
     """
 
     data: DataSpec
@@ -67,6 +68,7 @@ class Setting:
     recipe: Mapping[str, Any] = field(default_factory=dict)
     precision: Precision = "fp32"
     seed: int = 0
+    method_recipes: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -169,7 +171,7 @@ class TrainSpec:
             parse_train_eps(setting.train_eps, setting.norm, data.dimensions)
         except UsageError as error:
             raise UsageError(f"train-eps is {setting.train_eps!r}: {error}") from None
-        recipe = override(defense.recipe, setting.recipe)
+        recipe = override(override(defense.recipe, setting.recipe), setting.method_recipes.get(method, {}))
         if recipe.augment is None or recipe.augment.startswith("+"):
             own = DATASETS.get(data.name).augment
             recipe = dataclasses.replace(recipe, augment=joined(own, (recipe.augment or "none").lstrip("+")))

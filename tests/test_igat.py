@@ -753,6 +753,19 @@ def test_the_combiner_answers_whatever_the_base_would(base: str, combiner: str, 
     assert list(defense.views()) == ["predict", "mean_probability", "mean_logit", "member0", "member1", "member2"]
 
 
+class Tempered(Plain):
+    """Reads its members at another temperature."""
+
+    def member_logits(self, x: Tensor) -> Tensor:
+        return 0.5 * super().member_logits(x)
+
+
+def test_members_are_read_as_the_base_reads_them() -> None:
+    base = Tempered(list(defense_of("nat").members))
+    defense = InteractiveGlobalAdversarialTraining(base, IgatHyper(base="nat"))
+    torch.testing.assert_close(defense(images()), base(images()))
+
+
 def test_the_ensemble_that_is_attacked_is_the_one_that_answers() -> None:
     defense, stub = stubbed("nat", combiner="max")
     defense.loss(batch(), 0.0)
