@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import tomllib
 import typing
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from importlib.resources import files
 from pathlib import Path
@@ -122,6 +122,11 @@ def parse_protocol(content: Mapping[str, Any], name: str) -> Protocol:
     return Protocol(name=name, attacks=tuple(columns), **content)
 
 
+def without(recipes: Mapping[str, Mapping[str, Any]], keys: Collection[str]) -> dict[str, Mapping[str, Any]]:
+    """Named recipes without some of their settings."""
+    return {name: {k: v for k, v in recipe.items() if k not in keys} for name, recipe in recipes.items()}
+
+
 def _check_types(content: dict[str, Any], owner: str) -> None:
     """Read every value as its field's type, in place; lists must be lists and tables tables."""
     hints = typing.get_type_hints(Protocol)
@@ -192,8 +197,10 @@ def plan(protocol: Protocol) -> tuple[list[Cell], Data]:
     test, _ = attacked_subset(data, protocol.samples)
     checksum = test.checksum()
     recipe = {**protocol.recipe, **protocol.recipes.get(protocol.dataset, {})}
+    method_recipes = protocol.method_recipes
     if protocol.epochs is not None:
         recipe["epochs"] = protocol.epochs
+        method_recipes = without(method_recipes, ["epochs"])
     cells: dict[str, Cell] = {}
     for name, hyper in methods:
         for seed in protocol.seeds:
@@ -210,7 +217,7 @@ def plan(protocol: Protocol) -> tuple[list[Cell], Data]:
                         recipe,
                         protocol.precision,
                         seed,
-                        protocol.method_recipes,
+                        method_recipes,
                     )
                     spec = AttackSpec.create(
                         attack,

@@ -499,6 +499,13 @@ def test_a_config_file_may_spell_options_with_hyphens_or_underscores(tmp_path: P
     assert plan_of("bench", *options, "--config", config(tmp_path, "attack_seed = 5")) == plain
 
 
+def test_the_train_table_of_a_config_file_overrides_what_a_protocol_has_for_one_method(tmp_path: Path) -> None:
+    path = config(tmp_path, 'method = "igat"\nattack = "fgsm"\n\n[train]\nlr = 0.0123\n')
+    options = (*SMALL, "--members", "2", "--results", tmp_path / "results", "--json")
+    (record,) = json.loads(done("bench", "--config", path, *options).stdout)
+    assert record["training"]["recipe"]["lr"] == 0.0123, "and not the rate for igat in the default protocol"
+
+
 def test_the_train_table_of_a_config_file_overrides_the_recipe(tmp_path: Path) -> None:
     path = config(
         tmp_path,

@@ -590,6 +590,21 @@ def test_the_recipe_of_a_data_set_prevails_over_that_of_the_protocol_and_epochs_
     assert cell.training.recipe.epochs == 3
 
 
+def test_the_recipe_of_a_method_prevails_for_it_alone_also_where_it_trains_for_another() -> None:
+    recipes = {"recipe": {"lr": 0.5}, "method_recipes": {"nat": {"lr": 0.25, "epochs": 9}}}
+    nat, dverge = cells(protocol(methods=["nat", "dverge"], **recipes))
+    assert (nat.training.recipe.lr, nat.training.recipe.epochs) == (0.25, 9)
+    assert dverge.training.recipe.lr == 0.5
+    assert dverge.training.prerequisites["start"].key == nat.training.key
+    (cell,) = cells(protocol(methods=["nat"], epochs=3, **recipes))
+    assert (cell.training.recipe.lr, cell.training.recipe.epochs) == (0.25, 3), "what the user types wins"
+
+
+def test_a_recipe_for_a_method_that_does_not_exist_is_refused() -> None:
+    with pytest.raises(UsageError, match="natt"):
+        plan(protocol(method_recipes={"natt": {"lr": 0.1}}))
+
+
 def test_the_same_cell_named_twice_is_planned_once() -> None:
     assert len(cells(protocol(methods=["nat", "nat[reduction=sum]"], eps=["0.2", "51/255"], seeds=[0, 0]))) == 1
 

@@ -15,7 +15,7 @@ import click
 from ensdef.cli import cli
 from ensdef.errors import UsageError
 from ensdef.notation import fraction, split_list
-from ensdef.protocol import Protocol, load_protocol, plan, with_attacks, with_methods
+from ensdef.protocol import Protocol, load_protocol, plan, with_attacks, with_methods, without
 
 if TYPE_CHECKING:
     from ensdef.records import Record
@@ -144,10 +144,8 @@ def bench(
         protocol = dataclasses.replace(
             protocol,
             recipe={**protocol.recipe, **config},
-            recipes={
-                name: {key: value for key, value in recipe.items() if key not in config}
-                for name, recipe in protocol.recipes.items()
-            },
+            recipes=without(protocol.recipes, config),
+            method_recipes=without(protocol.method_recipes, config),
         )
     _go(protocol, "bench", None, plugin, device, batch_size, results, as_json, dry_run)
 
