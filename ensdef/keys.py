@@ -22,4 +22,5 @@ def content_key(value: Any) -> str:
 def non_default(cls: Any, params: Mapping[str, Any]) -> dict[str, Any]:
     """The parameters whose values are not the dataclass's defaults, in its order."""
     defaults = dataclasses.asdict(cls())
-    return {key: value for key, value in params.items() if defaults[key] != value}
+    # as text: a tuple comes back from JSON as a list
+    return {key: value for key, value in params.items() if canonical(defaults[key]) != canonical(value)}
