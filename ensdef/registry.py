@@ -206,7 +206,7 @@ def registered_names(path: Path, decorator: str) -> list[str]:
 def _decorated(path: Path, decorator: str) -> Iterator[tuple[str, ast.ClassDef | ast.FunctionDef]]:
     try:
         tree = ast.parse(path.read_text(encoding="utf-8"))
-    except (SyntaxError, UnicodeDecodeError):
+    except (SyntaxError, ValueError):  # no UTF-8; null bytes before Python 3.11.4
         # its stem stays listed, so that asking for it tells what is wrong with it
         if decorator:
             yield path.stem, ast.parse("class broken: 'does not parse'").body[0]  # type: ignore[misc]
@@ -228,7 +228,7 @@ def _listing_from_source(path: Path, name: str, decorator: str) -> Listing:
     summary = (ast.get_docstring(node) or "").partition("\n")[0]
     try:
         citation = _citation(ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))))
-    except (SyntaxError, UnicodeDecodeError):
+    except (SyntaxError, ValueError):  # no UTF-8; null bytes before Python 3.11.4
         citation = ""
     return Listing(name, summary, citation, path.name)
 
