@@ -15,11 +15,7 @@ from ensdef.defense import EnsembleDefense
 from ensdef.diagnostics.answers import answer, right
 from ensdef.losses import member_cross_entropy
 from ensdef.metrics import binomial_stderr
-
-#: A member is dead when it answers fewer images than this ...
-DEAD_SELECTION = 0.02
-#: ... and its clean accuracy exceeds chance by at most so many standard errors.
-DEAD_STDERRS = 3.0
+from ensdef.training_health import SIGNIFICANT, UNUSED
 
 
 @dataclass(frozen=True)
@@ -74,8 +70,8 @@ def dead_members(clean: Roles, count: int, num_classes: int) -> Tensor | None:
     if clean.selected is None:
         return None
     chance = 1 / num_classes
-    ignorant = clean.members <= chance + DEAD_STDERRS * binomial_stderr(chance, count)
-    return (clean.selected < DEAD_SELECTION) & ignorant
+    ignorant = clean.members <= chance + SIGNIFICANT * binomial_stderr(chance, count)
+    return (clean.selected < UNUSED) & ignorant
 
 
 def _share(flags: Tensor) -> float:
