@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from ensdef._version import __version__
 
 if TYPE_CHECKING:
-    from ensdef.attack import Attack, IterativeAttack, State, WholeAttack, register_attack
+    from ensdef.attack import Attack, CompositeAttack, IterativeAttack, State, WholeAttack, register_attack
     from ensdef.build import create_defense
     from ensdef.checkpoints import load_checkpoint
     from ensdef.defense import Batch, EnsembleDefense, register_defense
@@ -25,6 +25,7 @@ _HOME = {
     "Attack": "attack",
     "IterativeAttack": "attack",
     "State": "attack",
+    "CompositeAttack": "attack",
     "WholeAttack": "attack",
     "register_attack": "attack",
     "create_defense": "build",

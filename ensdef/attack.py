@@ -2,29 +2,33 @@
 
 An :class:`IterativeAttack` writes one update; the loop, the projection, the box, survivors, restarts, the judgement
 of success and the counting of passes are the harness's. A :class:`WholeAttack` wraps a library that has its own loop.
+A :class:`CompositeAttack` is a list of others, each run on what the ones before it left.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
 
 from torch import Tensor
 
-from ensdef.errors import PluginError
+from ensdef.errors import PluginError, UsageError
 from ensdef.registry import ATTACKS
 from ensdef.rng import KeyedRandom
-from ensdef.target import Target
+from ensdef.target import Target, Traits
 from ensdef.threat import Threat
 
 if TYPE_CHECKING:
+    from ensdef.adversarial_sets import AdversarialSets
+    from ensdef.attack_spec import AttackSpec
     from ensdef.defense import EnsembleDefense
+    from ensdef.progress import Progress
     from ensdef.specs import TrainSpec
 
 #: Per-image memory of an attack: tensors with leading dimension B. ``"x_adv"`` in the state that ``start`` returns is
-#: where the run begins (default: the clean image).
+#: where the run begins (default: the clean image); a bool ``"done"`` (B,) in what ``step`` returns ends runs early.
 State = dict[str, Tensor]
 
 
@@ -51,6 +55,13 @@ class Attack(ABC):
 
     def __init__(self, params: Any = None) -> None:
         self.params = self.Params() if params is None else params
+        #: What a reader of the result should know (a library doubts its own verdict, steps were left out).
+        self.warnings: list[str] = []
+
+    @classmethod
+    def norms_for(cls, params: Any) -> tuple[str, ...]:
+        """Those of ``norms`` that an instance of ``Params`` can be run in."""
+        return cls.norms
 
     @classmethod
     def prerequisites(cls, params: Any, training: TrainSpec) -> Mapping[str, TrainSpec]:
@@ -65,12 +76,43 @@ class Attack(ABC):
     def warm_start(self, prerequisites: Mapping[str, EnsembleDefense]) -> None:  # noqa: B027 - a hook
         """Take the trained prerequisites, on the device of the attack, before it begins."""
 
-    def fits(self, views: Collection[str]) -> None:  # noqa: B027 - a hook
-        """Refuse a model before it is trained; ``views`` are the names of its readings, ``predict`` among them.
+    def prepare(  # noqa: B027 - a hook
+        self, x: Tensor, y: Tensor, ids: Tensor, spec: AttackSpec, sets: AdversarialSets, progress: Progress
+    ) -> None:
+        """Do what needs no target, once for all of them: craft images on surrogates.
+
+        Args:
+            x, y, ids: all images that will be attacked, (N, ...), labels and ids, (N,).
+            spec: this attack as it will be run.
+            sets: keeps what is crafted.
+        """
+
+    def fits(self, traits: Traits) -> None:
+        """Refuse a model before it is trained.
 
         Raises:
-            UsageError: a parameter asks for something the model does not have.
+            UsageError: the attack needs something the model does not have.
         """
+        if self.access == "gradient":
+            require_gradient("predict", traits)
+
+
+def require_gradient(view: str, traits: Traits) -> None:
+    """Refuse a view that is not there or has no gradient, naming the attacks that need none.
+
+    Raises:
+        UsageError: see above.
+    """
+    if view not in traits.views:
+        raise UsageError(f"the target has no view {view!r}; it has: {', '.join(traits.views)}")
+    if view not in traits.differentiable:
+        others = [name for name in traits.differentiable if name != view]
+        blind = [name for name in ATTACKS.names() if ATTACKS.get(name).access in ("score", "decision")]
+        raise UsageError(
+            f"{view} has no gradient with respect to the image, which a gradient attack needs; "
+            + (f"attack another view ({', '.join(others)}), or " if others else "")
+            + f"use attacks on scores or decisions: {', '.join(blind)}"
+        )
 
 
 class IterativeAttack(Attack):
@@ -120,21 +162,46 @@ class WholeAttack(Attack):
         """Adversarial candidates for one batch, (B, ...) like ``x``."""
 
 
-A = TypeVar("A", bound=type[Attack])
+class CompositeAttack(Attack):
+    """Several attacks one after the other, each on the images that withstood those before it."""
+
+    per_image: ClassVar[bool] = True
+
+    @abstractmethod
+    def parts(self, traits: Traits) -> Sequence[tuple[str, Attack]]:
+        """The attacks in their order, under names that tell a reader what each tries; at least one.
+
+        Every part has norms, budget and random numbers of its own; success is judged on ``predict`` alone.
+        """
+
+
+A = TypeVar("A", bound="type[Attack] | Callable[[str], type[Attack]]")
 
 
 def register_attack(name: str) -> Callable[[A], A]:
     """Class decorator: makes ``--attack name`` find this class.
 
+    A name that ends in ``.*`` registers a family instead: a function that is given what stands after the dot
+    (``PGD`` of ``--attack library.PGD``) and returns the attack class.
+
     Raises:
         PluginError: the name is taken, or the class is no attack.
     """
 
+    kinds = (IterativeAttack, WholeAttack, CompositeAttack)
+
     def check(plugin: Any) -> None:
-        if not (isinstance(plugin, type) and issubclass(plugin, IterativeAttack | WholeAttack)):
+        if name.endswith(".*"):
+            if isinstance(plugin, type) or not callable(plugin):
+                raise PluginError(
+                    f"@register_attack({name!r}) expects a function from the name after the dot to an attack class, "
+                    f"got {plugin!r}"
+                )
+            return
+        if not (isinstance(plugin, type) and issubclass(plugin, kinds)):
             raise PluginError(
-                f"@register_attack({name!r}) expects a subclass of ensdef.IterativeAttack or "
-                f"ensdef.WholeAttack, got {plugin!r}"
+                f"@register_attack({name!r}) expects a subclass of ensdef.IterativeAttack, ensdef.WholeAttack or "
+                f"ensdef.CompositeAttack, got {plugin!r}"
             )
 
     return ATTACKS.register(name, check)

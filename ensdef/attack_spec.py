@@ -64,8 +64,10 @@ class AttackSpec:
             radius = parse_eps(eps, norm, dimensions)
         except UsageError as error:
             raise UsageError(f"{name}: {error}") from None
-        if norm not in attack.norms:
-            raise UsageError(f"{name} cannot be run in {norm}; it has: {', '.join(attack.norms)}")
+        norms = attack.norms_for(resolved)
+        if norm not in norms:
+            asked = format_call(name, non_default(attack.Params, dataclasses.asdict(resolved)))
+            raise UsageError(f"{asked} cannot be run in {norm}; it has: {', '.join(norms)}")
         return cls(
             name, dataclasses.asdict(resolved), norm, str(radius), success, mode, combiner, seed, str(eps).strip()
         )

@@ -81,6 +81,7 @@ def load_checkpoint(path: str | Path) -> EnsembleDefense:
     except (TypeError, ValueError) as error:  # parameters of another version, values of another type
         raise CheckpointError(f"{folder / SPEC} does not describe a model ({error!r}); train it again") from error
     fit(defense, read_weights(weights), weights)
+    defense.training_key = description.get("key")
     return defense
 
 

@@ -5,29 +5,51 @@ from __future__ import annotations
 import sys
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from ensdef.architecture import ImageSpec
+from ensdef.architectures._residual import ResidualNetwork
 from ensdef.attack_spec import AttackSpec
+from ensdef.errors import UsageError
 from ensdef.harness import BALL_SLACK, Outcome, attack_model
 from ensdef.registry import ATTACKS
+from ensdef.target import Target
 from ensdef.testing import LinearClassifier, expect, is_frozen
 
 CLASSES, SHAPE = 4, (1, 8, 8)
 
 
-def toy(count: int = 24, seed: int = 0) -> tuple[LinearClassifier, Tensor, Tensor]:
-    """A linear model, images inside the box, and labels of which five in six are its own decisions."""
+def toy(name: str, count: int = 24, seed: int = 0) -> tuple[nn.Module, Tensor, Tensor]:
+    """A linear model, images inside the box, and labels of which five in six are its own decisions.
+
+    An attack that refuses the linear model is given a small residual network.
+    """
     generator = torch.Generator().manual_seed(seed)
-    model = LinearClassifier(torch.randn(CLASSES, 64, generator=generator))
+    model: nn.Module = LinearClassifier(torch.randn(CLASSES, 64, generator=generator))
     x = 0.3 + 0.4 * torch.rand(count, *SHAPE, generator=generator)
+    try:
+        ATTACKS.get(name)().fits(Target(model).traits(x[:1]))
+    except UsageError:
+        model = _residual(x)
     with torch.no_grad():
         y = model(x).argmax(dim=1)
     return model, x, torch.where(torch.arange(count) % 6 == 5, (y + 1) % CLASSES, y)
 
 
+def _residual(x: Tensor) -> nn.Module:
+    """A residual network that finds every class about as often in the images."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = ResidualNetwork(ImageSpec(SHAPE, CLASSES), 8, [(8, 1)], "relu").eval()
+    assert isinstance(model.classifier, nn.Linear)
+    with torch.no_grad():
+        model.classifier.bias -= model(x).mean(dim=0)
+    return model
+
+
 def run(name: str, eps: float, *, batch_size: int = 128, order: Tensor | None = None, seed: int = 0) -> Outcome:
     """The attack on the toy; ``order`` permutes the images, ids included."""
-    model, x, y = toy()
+    model, x, y = toy(name)
     order = torch.arange(len(x)) if order is None else order
     norm = (*ATTACKS.get(name).norms, "linf")[0]
     spec = AttackSpec.create(name, {}, norm, eps, seed=seed)
@@ -53,7 +75,7 @@ def check_tells_its_source(name: str) -> None:
 
 
 def check_stays_in_ball_and_box(name: str) -> None:
-    _, x, _ = toy()
+    _, x, _ = toy(name)
     x_adv = run(name, 0.1).x_adv
     expect(
         bool(torch.isfinite(x_adv).all()) and float(x_adv.min()) >= 0 and float(x_adv.max()) <= 1,
@@ -66,7 +88,7 @@ def check_stays_in_ball_and_box(name: str) -> None:
 def check_does_nothing_without_budget(name: str) -> None:
     if ATTACKS.get(name).budget == "none":
         return
-    _, x, _ = toy()
+    _, x, _ = toy(name)
     expect(torch.equal(run(name, 0).x_adv, x), f"{name} at eps 0 must return the image itself")
 
 

@@ -120,6 +120,8 @@ class EnsembleDefense(nn.Module, ABC):
     hyper: Any
     #: The ``ModelSpec`` it was built from; None for a defence assembled by hand.
     spec: Any = None
+    #: Key of the training whose checkpoint it was loaded from.
+    training_key: str | None = None
 
     def __init__(self, members: Sequence[nn.Module], hyper: Any = None) -> None:
         super().__init__()

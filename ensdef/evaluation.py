@@ -10,19 +10,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ensdef.adversarial_sets import AdversarialSets
 from ensdef.attack_spec import AttackSpec
-from ensdef.codehash import code_hash
 from ensdef.data import Split
 from ensdef.defense import EnsembleDefense
 from ensdef.errors import UsageError
 from ensdef.harness import Outcome, attack_model
-from ensdef.keys import content_key
+from ensdef.health.catalogue import TIERS, Tier, finding
 from ensdef.notation import parse_call
 from ensdef.progress import Progress
 from ensdef.provenance import provenance
 from ensdef.records import Record, with_outcomes
 from ensdef.registry import METHODS
 from ensdef.specs import Cell, cell_key
+from ensdef.weights import weights_hash
 
 
 def evaluate(
@@ -39,6 +40,8 @@ def evaluate(
     attack_seed: int = 0,
     batch_size: int = 128,
     device: str = "auto",
+    prerequisites: Mapping[str, EnsembleDefense] | None = None,
+    health: Tier = "basic",
     progress: Progress | None = None,
     **params: Any,
 ) -> Record:
@@ -56,6 +59,8 @@ def evaluate(
         attack_seed: of the keyed random numbers.
         batch_size: rows a pass; cannot change the result.
         device: ``"auto"``, ``"cpu"`` or ``"cuda"``.
+        prerequisites: trained defences that the attack asks for, by role (``"nat x 3"``: the surrogate of ``transfer``).
+        health: of the report that fills ``flags``: ``"basic"``, ``"full"`` or ``"off"``.
     Returns:
         a record; nothing is written.
     Raises:
@@ -71,6 +76,8 @@ def evaluate(
         )
     if y.shape != x.shape[:1] or y.is_floating_point():
         raise UsageError(f"y must hold one integer label an image, shape ({len(x)},), got {tuple(y.shape)} {y.dtype}")
+    if health not in TIERS:
+        raise UsageError(f"unknown health {health!r}; expected one of {', '.join(TIERS)}")
     name, bracketed = parse_call(attack)
     spec = AttackSpec.create(
         name,
@@ -83,10 +90,25 @@ def evaluate(
         seed=attack_seed,
     )
     where = resolve_device(device)
-    outcome = attack_model(model, x.float(), y.long(), spec, batch_size=batch_size, device=where, progress=progress)
+    outcome = attack_model(
+        model,
+        x.float(),
+        y.long(),
+        spec,
+        batch_size=batch_size,
+        device=where,
+        prerequisites=prerequisites,
+        health=health,
+        progress=progress,
+    )
     pixels = hashlib.sha256(x.detach().cpu().contiguous().numpy().tobytes() + y.cpu().numpy().tobytes()).hexdigest()
     blank = Record(
-        key=cell_key(weights_hash(model), spec, pixels[:16]),
+        key=cell_key(
+            weights_hash(model),
+            spec,
+            pixels[:16],
+            {role: weights_hash(needed) for role, needed in (prerequisites or {}).items()},
+        ),
         dataset="custom",
         train_seed=None,
         training={},
@@ -95,7 +117,13 @@ def evaluate(
         **attack_fields(spec),
     )
     source = provenance(
-        where, protocol=None, attack_seed=attack_seed, batch_size=batch_size, search=search, subset_checksum=pixels[:16]
+        where,
+        protocol=None,
+        attack_seed=attack_seed,
+        batch_size=batch_size,
+        search=search,
+        subset_checksum=pixels[:16],
+        health=health,
     )
     return fill_in(dataclasses.replace(blank, provenance=source), outcome, list(range(len(x))))
 
@@ -111,14 +139,18 @@ def evaluate_cell(
     checkpoint: str,
     protocol: str | None,
     prerequisites: Mapping[str, EnsembleDefense] | None = None,
-    health: Sequence[Mapping[str, Any]] = (),
+    sets: AdversarialSets | None = None,
+    trained_with: Sequence[Mapping[str, Any]] = (),
+    health: Tier = "basic",
     progress: Progress | None = None,
 ) -> Record:
     """The record of one cell.
 
     Args:
         test, ids: its images, and their positions in the whole test set.
-        health: findings about the training, which become flags of the record.
+        sets: where adversarial images crafted on surrogates are kept.
+        trained_with: findings about the training, which become flags of the record, before those about the attack.
+        health: tier of the report on the attack.
     """
     outcome = attack_model(
         defense,
@@ -129,12 +161,14 @@ def evaluate_cell(
         batch_size=batch_size,
         device=device,
         prerequisites=prerequisites,
+        sets=sets,
+        health=health,
         progress=progress,
     )
     record = blank_record(cell, protocol, checkpoint=checkpoint)
-    source = {**provenance(device), **record.provenance, "batch_size": batch_size}
+    source = {**provenance(device), **record.provenance, "batch_size": batch_size, "health": health}
     found = fill_in(dataclasses.replace(record, provenance=source), outcome, ids.tolist())
-    return dataclasses.replace(found, flags=[*map(dict, health), *found.flags])
+    return dataclasses.replace(found, flags=[*map(dict, trained_with), *found.flags])
 
 
 def blank_record(cell: Cell, protocol: str | None, checkpoint: str | None = None, error: str | None = None) -> Record:
@@ -180,6 +214,7 @@ def fill_in(record: Record, outcome: Outcome, ids: list[int]) -> Record:
         seconds=round(outcome.seconds, 3),
         forwards=outcome.forwards / len(ids),
         backwards=outcome.backwards / len(ids),
+        broken_by=outcome.broken_by,
         flags=_flags(outcome, len(ids)),
     )
 
@@ -213,21 +248,6 @@ def resolve_device(device: str) -> str:
     return device
 
 
-def weights_hash(model: nn.Module) -> str:
-    """Content key of a state dict: names, shapes and values."""
-    tensors = {
-        name: hashlib.sha256(
-            tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes()
-        ).hexdigest()
-        if tensor.numel()
-        else ""
-        for name, tensor in model.state_dict().items()
-    }
-    spec = model.spec if isinstance(model, EnsembleDefense) else None
-    built = [] if spec is None else [spec.method, spec.hyper, code_hash(type(model))]
-    return content_key([type(model).__qualname__, built, tensors])
-
-
 def _model_fields(model: nn.Module) -> dict[str, Any]:
     if isinstance(model, EnsembleDefense):
         spec = model.spec
@@ -244,28 +264,5 @@ def _model_fields(model: nn.Module) -> dict[str, Any]:
 
 
 def _flags(outcome: Outcome, n: int) -> list[dict[str, Any]]:
-    flags = []
-    if outcome.unconfirmed:
-        flags.append(
-            {
-                "flag": "recount",
-                "severity": "masking",
-                "value": outcome.unconfirmed / n,
-                "threshold": 0.0,
-                "meaning": "a fresh pass at another batch size did not confirm some successes: predictions "
-                "depend on the batch or are random",
-                "action": "make predict deterministic per image",
-            }
-        )
-    if outcome.nonfinite:
-        flags.append(
-            {
-                "flag": "nonfinite",
-                "severity": "masking",
-                "value": outcome.nonfinite / n,
-                "threshold": 0.0,
-                "meaning": "predict returned NaN or infinity under attack; such images count as fooled",
-                "action": "combine members in log space (ensdef.combine)",
-            }
-        )
-    return flags
+    counted = {"recount": outcome.unconfirmed, "nonfinite": outcome.nonfinite}
+    return [finding(name, count / n) for name, count in counted.items() if count] + outcome.findings

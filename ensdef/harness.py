@@ -7,17 +7,22 @@ all points in a fresh pass at another batch size. Verdicts come from the untouch
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
-from ensdef.attack import Attack
+from ensdef.adversarial_sets import AdversarialSets
+from ensdef.attack import Attack, CompositeAttack
 from ensdef.attack_spec import AttackSpec
 from ensdef.defense import EnsembleDefense
 from ensdef.errors import UsageError
+from ensdef.health.case import Case
+from ensdef.health.catalogue import Finding, Tier
+from ensdef.health.observer import WATCHED, Observer, spread
+from ensdef.health.report import report
 from ensdef.progress import Progress
 from ensdef.registry import ATTACKS
 from ensdef.rows import SMALLEST_BATCH
@@ -40,6 +45,9 @@ class Outcome:
         forwards, backwards: member passes of the attack, summed over images.
         unconfirmed: images the attack took for fooled that a fresh pass at another batch size did not confirm.
         nonfinite: images for which the model returned NaN or infinity under attack (they count as fooled).
+        broken_by: for a composite attack, how many images each part fooled that no part before it had.
+        findings: of the health report.
+        health_forwards: member passes that the report made beside the attack's, summed over images.
     """
 
     clean: Tensor
@@ -50,6 +58,9 @@ class Outcome:
     seconds: float
     unconfirmed: int
     nonfinite: int
+    broken_by: dict[str, int]
+    findings: list[Finding] = field(default_factory=list)
+    health_forwards: int = 0
 
 
 def attack_model(
@@ -62,6 +73,8 @@ def attack_model(
     batch_size: int = 128,
     device: str | torch.device = "cpu",
     prerequisites: Mapping[str, EnsembleDefense] | None = None,
+    sets: AdversarialSets | None = None,
+    health: Tier = "basic",
     progress: Progress | None = None,
 ) -> Outcome:
     """Attack a model and judge the result on its own ``predict``.
@@ -74,6 +87,9 @@ def attack_model(
         batch_size: rows a pass; cannot change a verdict.
         device: where to run.
         prerequisites: trained defences the attack asked for, by role.
+        sets: where adversarial images crafted on them are kept; None: they are not.
+        health: ``"basic"`` looks on and adds at most a tenth of the attack's passes, ``"full"`` runs further small
+            attacks, ``"off"`` does neither.
     Raises:
         PluginError: the model's scores have the wrong shape, are NaN, or are probabilities.
         AttackError: the attack returned NaN or the wrong shape.
@@ -83,8 +99,10 @@ def attack_model(
     attack: Attack = ATTACKS.get(spec.name)(spec.params_object)
     if prerequisites:
         attack.warm_start({role: defense.to(device) for role, defense in prerequisites.items()})
+    ids = (torch.arange(len(x)) if ids is None else ids).to(device)
     with _exact_arithmetic(device):
-        return _attack_model(model, attack, x, y, spec, ids, batch_size, progress)
+        attack.prepare(x, y, ids, spec, sets or AdversarialSets(), progress or Progress())
+        return _attack_model(model, attack, x, y, spec, ids, batch_size, health, progress)
 
 
 @contextmanager
@@ -107,12 +125,12 @@ def _attack_model(
     x: Tensor,
     y: Tensor,
     spec: AttackSpec,
-    ids: Tensor | None,
+    ids: Tensor,
     batch_size: int,
+    health: Tier,
     progress: Progress | None,
 ) -> Outcome:
     began = time.monotonic()
-    ids = torch.arange(len(x)) if ids is None else ids
     judge = Target(model, combiner=spec.combiner, fold=False, device=x.device)
     scores = _scores(judge, x, batch_size)
     classes = scores.shape[1]
@@ -123,26 +141,70 @@ def _attack_model(
     clean = _right(scores, y)
     before = judge.passes.forwards
     progress = progress or Progress()
-    session = Session(attack, spec, judge, x, y, ids.to(x.device), batch_size, scores.shape[1])
+    traits = judge.traits(x[:1])
+    attack.fits(traits)
+    session = Session(spec, judge, x, y, ids, batch_size, classes)
+    if health != "off":
+        session.observer = Observer(y, spread(clean.nonzero().squeeze(1), WATCHED))
+    parts = attack.parts(traits) if isinstance(attack, CompositeAttack) else [(spec.call, attack)]
     modes = ["bf16", "fp32"] if spec.search == "bf16+fp32" else [spec.search]
     for mode in modes:
-        alive = (clean & ~session.fooled).nonzero().squeeze(1)
-        if len(alive):
-            target = Target(model, combiner=spec.combiner, precision=mode, device=x.device)
-            session.run(target, alive, progress, "" if len(modes) == 1 else f" ({mode})")
+        note = "" if len(modes) == 1 else f" ({mode})"
+        for index, (name, part) in enumerate(parts):
+            alive = (clean & ~session.fooled).nonzero().squeeze(1)
+            if len(alive):
+                target = Target(model, combiner=spec.combiner, precision=mode, device=x.device)
+                session.run(part, target, alive, progress, name + note, index)
     forwards = session.forwards + judge.passes.forwards - before
     recount = batch_size // 2 + 3 if batch_size > 2 * SMALLEST_BATCH else SMALLEST_BATCH + 3
     right = _right(_scores(judge, session.x_adv, recount, check=False), y)
+    seconds = time.monotonic() - began
+    findings: list[Finding] = []
+    beside = 0
+    if session.observer is not None:
+        before = judge.passes.forwards
+        case = Case(
+            model,
+            judge,
+            traits,
+            x,
+            y,
+            scores,
+            clean,
+            clean & right,
+            session.x_adv,
+            spec,
+            batch_size,
+            forwards,
+            session.observer,
+            _warnings(attack, parts),
+        )
+        findings = report(case, health)
+        beside = session.observer.spent + judge.passes.forwards - before
     return Outcome(
         clean.cpu(),
         (clean & right).cpu(),
         session.x_adv.cpu(),
         forwards,
         session.backwards,
-        time.monotonic() - began,
+        seconds,
         int((session.fooled & right).sum()),
         session.nonfinite,
+        _broken_by(session, parts) if isinstance(attack, CompositeAttack) else {},
+        findings,
+        beside,
     )
+
+
+def _warnings(attack: Attack, parts: Sequence[tuple[str, Attack]]) -> list[str]:
+    """What the attack and its parts warned of, each text once."""
+    told = [text for one in (attack, *(part for _, part in parts)) for text in getattr(one, "warnings", ())]
+    return list(dict.fromkeys(told))
+
+
+def _broken_by(session: Session, parts: Sequence[tuple[str, Attack]]) -> dict[str, int]:
+    counts = torch.bincount(session.broken_by[session.fooled].cpu(), minlength=len(parts))
+    return {name: int(count) for (name, _), count in zip(parts, counts, strict=True)}
 
 
 def _scores(judge: Target, x: Tensor, batch_size: int, check: bool = True) -> Tensor:

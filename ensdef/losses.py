@@ -6,6 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+#: Keeps ratios of score differences finite where all scores are equal.
+_TINY = 1e-12
+
 
 def cross_entropy(scores: Tensor, y: Tensor) -> Tensor:
     """-log softmax(scores)_y, natural log, (B,); scores may be logits or log-probabilities."""
@@ -31,6 +34,25 @@ def margin(scores: Tensor, y: Tensor) -> Tensor:
 def targeted_margin(scores: Tensor, y: Tensor, target: Tensor) -> Tensor:
     """Target class minus true class, (B,)."""
     return (scores.gather(1, target[:, None]) - scores.gather(1, y[:, None])).squeeze(1)
+
+
+def dlr(scores: Tensor, y: Tensor) -> Tensor:
+    """Difference of logits ratio: margin over largest minus third largest score, (B,); positive = fooled.
+
+    Shifting or scaling the scores leaves it unchanged. Needs three classes. Source: Croce and Hein, ICML 2020.
+    """
+    ordered = scores.topk(3, dim=1).values
+    return margin(scores, y) / (ordered[:, 0] - ordered[:, 2] + _TINY)
+
+
+def targeted_dlr(scores: Tensor, y: Tensor, target: Tensor) -> Tensor:
+    """Targeted margin over largest minus mean of third and fourth largest score, (B,).
+
+    Needs four classes. Source: Croce and Hein, ICML 2020.
+    """
+    ordered = scores.topk(4, dim=1).values
+    scale = ordered[:, 0] - (ordered[:, 2] + ordered[:, 3]) / 2
+    return targeted_margin(scores, y, target) / (scale + _TINY)
 
 
 def entropy(log_probs: Tensor) -> Tensor:

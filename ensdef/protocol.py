@@ -240,6 +240,7 @@ def _rehearse(cells: list[Cell], data: Data) -> None:
     from ensdef.registry import ATTACKS
     from ensdef.rehearsal import rehearse
     from ensdef.scores import check_scores
+    from ensdef.target import Target
 
     x = data.test.x(slice(0, 4))
     attacks: dict[str, list[AttackSpec]] = {cell.training.key: [] for cell in cells}
@@ -251,7 +252,8 @@ def _rehearse(cells: list[Cell], data: Data) -> None:
             check_scores(scores, len(x), f"{spec.method}.predict", spec.model.num_classes)
             if spec is training:
                 for attack in attacks[training.key]:
-                    ATTACKS.get(attack.name)(attack.params_object).fits([*defense.views(), "predict"])
+                    traits = Target(defense, combiner=attack.combiner).traits(x[:1])
+                    ATTACKS.get(attack.name)(attack.params_object).fits(traits)
 
 
 def with_methods(protocol: Protocol, text: str) -> Protocol:

@@ -25,7 +25,8 @@ class Record:
     is the attack's wall time; ``forwards`` and ``backwards`` are the attack's member passes per example (one pass of
     three members is 3; the clean pass and the recount are not counted). ``outcomes`` holds 0/1 lists by image:
     ``ids`` (positions in the test set), ``clean`` (right on the clean image), ``robust`` (right on clean and on every
-    point the attack offered). A cell that failed has ``error`` and no accuracies.
+    point the attack offered). ``broken_by`` tells, for an attack made of parts, how many images each part fooled that
+    no part before it had. A cell that failed has ``error`` and no accuracies.
     """
 
     key: str
@@ -52,6 +53,7 @@ class Record:
     seconds: float = 0.0
     forwards: float = 0.0
     backwards: float = 0.0
+    broken_by: Mapping[str, int] = field(default_factory=dict)
     flags: list[dict[str, Any]] = field(default_factory=list)
     checkpoint: str | None = None
     path: str | None = None

@@ -3,6 +3,9 @@
 One :class:`Registry` a kind. A name is looked up among what was registered already, then in the files of the
 kind's package (their decorators are read from the syntax tree, so a broken neighbour blocks nobody), then among the
 entry points of other installed distributions.
+
+A name that ends in ``.*`` is a family: a function that makes the plug-in for what stands after the dot, such as a class
+of a wrapped library. ``names`` leaves families out, because nobody can list what they hold; ``listings`` shows them.
 """
 
 from __future__ import annotations
@@ -24,7 +27,9 @@ from typing import Any, Generic, TypeVar, cast
 from ensdef.errors import PluginError, UsageError, suggest
 
 T = TypeVar("T")
-_NAME = re.compile(r"[a-z_][a-z0-9_.]*\Z")
+_NAME = re.compile(r"[a-z_][a-z0-9_.]*(\.\*)?\Z")
+#: How the name of a family ends: ``library.*`` makes ``library.Anything``.
+_FAMILY = ".*"
 
 
 @dataclass(frozen=True)
@@ -46,6 +51,7 @@ class Registry(Generic[T]):
         self.decorator = decorator
         self.group = group
         self._registered: dict[str, T] = {}
+        self._made: dict[str, T] = {}
 
     def register(self, name: str, check: Callable[[T], None] | None = None) -> Callable[[T], T]:
         """Decorator: ``@register_defense("soe")``.
@@ -77,12 +83,27 @@ class Registry(Generic[T]):
         return add
 
     def get(self, name: str) -> T:
-        """The plug-in called ``name``, importing its file if need be.
+        """The plug-in called ``name``, importing its file or making it by its family if need be.
 
         Raises:
             UsageError: no such name (the nearest are suggested).
             PluginError: its file does not import or does not register the name.
         """
+        if name in self._made:
+            return self._made[name]
+        if name.endswith(_FAMILY):
+            raise UsageError(f"{name} stands for many; put a name in place of the star")
+        family = name.partition(".")[0] + _FAMILY
+        if "." in name and not self._knows(name) and self._knows(family):
+            maker = cast(Callable[[str], T], self._load(family))
+            self._made[name] = maker(name.partition(".")[2])
+            return self._made[name]
+        return self._load(name)
+
+    def _knows(self, name: str) -> bool:
+        return name in self._registered or name in self._files or name in self._entry_points
+
+    def _load(self, name: str) -> T:
         if name not in self._registered:
             self._refuse_clash(name)
             if name in self._files:
@@ -94,7 +115,7 @@ class Registry(Generic[T]):
                 if inspect.isclass(plugin) and name not in self._registered:
                     self._registered[name] = cast(T, plugin)
             else:
-                raise UsageError(suggest(self.kind, name, self.names()))
+                raise UsageError(suggest(self.kind, name, self._all()))
         if name not in self._registered:
             raise PluginError(
                 f"the file of {self.kind} {name!r} was imported but did not register it; "
@@ -103,12 +124,15 @@ class Registry(Generic[T]):
         return self._registered[name]
 
     def names(self) -> list[str]:
-        """Every known name, sorted, without importing any plug-in."""
+        """Every known name but those of families, sorted, without importing any plug-in."""
+        return [name for name in self._all() if not name.endswith(_FAMILY)]
+
+    def _all(self) -> list[str]:
         return sorted({*self._registered, *self._files, *self._entry_points})
 
     def listings(self) -> Iterator[Listing]:
-        """Name, first docstring line and citation of every plug-in, read from the sources."""
-        for name in self.names():
+        """Name, first docstring line and citation of every plug-in and family, read from the sources."""
+        for name in self._all():
             if name in self._files:
                 yield _listing_from_source(self._files[name], name, self.decorator)
             elif name in self._registered:

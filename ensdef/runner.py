@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from ensdef.adversarial_sets import AdversarialSets
 from ensdef.checkpoints import (
     checkpoint_folder,
     is_complete,
@@ -17,6 +18,7 @@ from ensdef.checkpoints import (
 )
 from ensdef.errors import CheckpointError, DataError, TrainingDiverged, UsageError
 from ensdef.evaluation import blank_record, evaluate_cell
+from ensdef.health.catalogue import TIERS, Tier
 from ensdef.loading import attacked_subset, reload_data
 from ensdef.progress import Progress
 from ensdef.provenance import provenance
@@ -34,12 +36,15 @@ class Run:
         device: ``"cpu"`` or ``"cuda"``.
         batch_size: rows an attack pass.
         protocol: id written into new records.
+        health: tier of the report that new records carry, and that a record must have to count as done; None: basic for
+            new records, any for those that are there.
     """
 
     results: Path
     device: str = "cpu"
     batch_size: int = 128
     protocol: str | None = None
+    health: Tier | None = None
 
 
 def check_writable(results: Path) -> None:
@@ -59,16 +64,20 @@ def check_writable(results: Path) -> None:
         ) from error
 
 
-def find_record(cell: Cell, results: Path) -> Record | None:
-    """The finished record of a cell, if there is one."""
+def find_record(cell: Cell, results: Path, health: Tier | None = None) -> Record | None:
+    """The finished record of a cell, if there is one whose health report is of this tier or a higher one."""
     store = Store(results)
     data = cell.training.setting.data.name
     record = store.read(store.path(data, cell.training.method, cell.attack.name, cell.key))
+    if record is not None and health is not None:
+        had = record.provenance.get("health", "off")  # records older than the report have none
+        if had not in TIERS or TIERS.index(had) < TIERS.index(health):
+            return None
     # the same radius may have been written in another way when the record was made
     return None if record is None else dataclasses.replace(record, eps=cell.attack.written)
 
 
-def preflight(cells: Iterable[Cell], results: Path) -> None:
+def preflight(cells: Iterable[Cell], results: Path, health: Tier | None = None) -> None:
     """Read every record and checkpoint that a run will rely on, before anything is trained.
 
     Raises:
@@ -77,7 +86,7 @@ def preflight(cells: Iterable[Cell], results: Path) -> None:
     """
     seen: set[str] = set()
     for cell in cells:
-        if find_record(cell, results) is None:
+        if find_record(cell, results, health) is None:
             for spec in (cell.training, *cell.prerequisites.values()):
                 _check_checkpoint(spec, results, seen)
 
@@ -95,7 +104,10 @@ def run_cells(cells: Iterable[Cell], run: Run, progress: Progress | None = None)
     """Every cell's record, in order; a cell that fails gives a record with ``error`` and stops nobody else."""
     progress = progress or Progress()
     failures: dict[str, str] = {}
-    return [find_record(cell, run.results) or run_cell(cell, run, progress, failures) for cell in cells]
+    return [
+        find_record(cell, run.results, run.health) or run_cell(cell, run, progress, failures)
+        for cell in cells
+    ]
 
 
 def run_cell(cell: Cell, run: Run, progress: Progress, failures: dict[str, str]) -> Record:
@@ -125,7 +137,9 @@ def run_cell(cell: Cell, run: Run, progress: Progress, failures: dict[str, str])
             checkpoint=str(folder),
             protocol=run.protocol,
             prerequisites=surrogates,
-            health=training_report(folder).get("health", ()),
+            sets=AdversarialSets(run.results),
+            trained_with=training_report(folder).get("health", ()),
+            health=run.health or "basic",
             progress=progress,
         )
     except (CheckpointError, DataError):

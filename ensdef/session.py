@@ -17,6 +17,7 @@ from torch import Tensor
 from ensdef.attack import Attack, IterativeAttack, State, WholeAttack
 from ensdef.attack_spec import AttackSpec
 from ensdef.errors import AttackError
+from ensdef.health.observer import Observer
 from ensdef.progress import Advance, Progress
 from ensdef.rng import KeyedRandom
 from ensdef.rows import SMALLEST_BATCH, Rows, finish, padding
@@ -28,11 +29,10 @@ BALL_SLACK = 1e-6
 
 
 class Session:
-    """One attack on one set of images; ``run`` may be called again with another search model for the survivors."""
+    """One set of images and what became of them; ``run`` sends one attack after another at the survivors."""
 
     def __init__(
         self,
-        attack: Attack,
         spec: AttackSpec,
         judge: Target,
         x: Tensor,
@@ -42,29 +42,43 @@ class Session:
         num_classes: int,
     ) -> None:
         self.spec = spec
-        self.attack = attack
         self.threat = Threat(spec.norm, spec.eps_value or 0.0)
-        #: what iterates are kept inside of: shortest-perturbation attacks are compared with eps, not projected
-        self.bound = self.threat if self.attack.budget == "eps" else Threat(None, 0.0)
+        self.enter("", 0, "eps")
         self.judge = judge
         self.num_classes = num_classes
         self.x, self.y, self.ids = x, y, ids
         self.batch_size = max(batch_size, SMALLEST_BATCH)
         self.x_adv = x.clone()
         self.fooled = torch.zeros(len(x), dtype=torch.bool, device=x.device)
+        #: which part of the attack fooled the image first, -1: none
+        self.broken_by = torch.full((len(x),), -1, device=x.device)
         self.forwards = self.backwards = self.nonfinite = 0
+        #: looks on for the health report; None: nobody does
+        self.observer: Observer | None = None
 
-    def run(self, target: Target, alive: Tensor, progress: Progress, note: str) -> None:
-        """Attack the images at positions ``alive``."""
-        title = f"attack {self.spec.call} eps {self.spec.written or '-'}{note}"
-        if isinstance(self.attack, WholeAttack):
+    def enter(self, name: str, part: int, budget: str) -> None:
+        """What is to be known of the attack that runs now."""
+        self.name = name
+        self.part = part
+        self.min_norm = budget == "min_norm"
+        #: what iterates are kept inside of: shortest-perturbation attacks are compared with eps, not projected
+        self.bound = self.threat if budget == "eps" else Threat(None, 0.0)
+        #: every part of a composite attack draws from a stream of its own
+        self.seed = self.spec.seed + (part << 32)
+
+    def run(self, attack: Attack, target: Target, alive: Tensor, progress: Progress, name: str, part: int = 0) -> None:
+        """Attack the images at positions ``alive``; ``part`` numbers the attacks of a composite one."""
+        self.enter(name, part, attack.budget)
+        title = f"attack {name} eps {self.spec.written or '-'}"
+        if isinstance(attack, WholeAttack):
+            target.memory.on = False
             with progress.task(title, len(alive)) as advance:
-                self._run_whole(self.attack, target, alive, advance)
+                self._run_whole(attack, target, alive, advance)
         else:
-            assert isinstance(self.attack, IterativeAttack)
-            runs = self.attack.runs(self.num_classes)
+            assert isinstance(attack, IterativeAttack)
+            runs = attack.runs(self.num_classes)
             with progress.task(title, len(alive) * runs) as advance:
-                self._run_iterative(self.attack, target, alive, runs, advance)
+                self._run_iterative(attack, target, alive, runs, advance)
         self.forwards += target.passes.forwards
         self.backwards += target.passes.backwards
 
@@ -72,7 +86,7 @@ class Session:
         for rows in alive.split(attack.batch_size):
             x, y = self.x[rows], self.y[rows]
             with torch.random.fork_rng():
-                x_adv = attack.perturb(target, x, y, self.threat, KeyedRandom(self.spec.seed, self.ids[rows]))
+                x_adv = attack.perturb(target, x, y, self.threat, KeyedRandom(self.seed, self.ids[rows]))
             target.forget()
             candidate = self._checked(x_adv, x)
             self._judge(Rows(rows, rows, rows, torch.ones_like(rows, dtype=torch.bool), x, y, candidate, candidate))
@@ -117,7 +131,7 @@ class Session:
     def _start(self, attack: IterativeAttack, target: Target, items: list[tuple[int, int]]) -> Rows:
         index, run = torch.tensor(items, device=self.x.device).unbind(1)
         x, y = self.x[index].contiguous(memory_format=_layout(target, self.x)), self.y[index]
-        rng = KeyedRandom(self.spec.seed, self.ids[index], run)
+        rng = KeyedRandom(self.seed, self.ids[index], run)
         target.passes.share = 1.0
         # copies: an attack may keep what it is given in its state, and write there
         state = dict(attack.start(target, x.clone(), y.clone(), self.threat, rng))
@@ -131,12 +145,16 @@ class Session:
         count = len(rows)
         padded = rows.select(padding(rows)) if count < SMALLEST_BATCH else rows
         target.passes.share = count / len(padded)
-        rng = KeyedRandom(self.spec.seed, self.ids[padded.index], padded.run, padded.step + 1)
+        rng = KeyedRandom(self.seed, self.ids[padded.index], padded.run, padded.step + 1)
         given = (padded.x_adv, padded.y)
         versions = [tensor._version for tensor in given]
+        if self.observer is not None:
+            self.observer.begin(target, padded, count)
         x_adv, state = attack.step(target, padded.x_adv, padded.y, padded.state, self.threat, rng)
+        state = dict(state)
+        stopped = state.pop("done", None)
         if versions != [tensor._version for tensor in given]:
-            raise AttackError(f"{self.spec.name} wrote into the points or labels it was given; return new points")
+            raise AttackError(f"{self.name} wrote into the points or labels it was given; return new points")
         x_adv = self._checked(x_adv, padded.x)
         scores = None
         if self.spec.success == "any":
@@ -144,6 +162,8 @@ class Session:
             if scores is None:
                 with torch.no_grad():
                     scores = target(padded.x_adv)
+        if self.observer is not None:
+            self.observer.end(target, padded, count, scores)
         target.forget()
         moved = Rows(
             padded.index,
@@ -158,6 +178,8 @@ class Session:
         )
         claim = torch.zeros_like(moved.final) if scores is None else _claims(scores, moved.y)
         done = moved.step >= attack.steps
+        if stopped is not None:
+            done = done | stopped
         if count < len(moved):
             real = torch.arange(count, device=moved.index.device)
             moved, claim, done = moved.select(real), claim[:count], done[:count]
@@ -195,12 +217,16 @@ class Session:
             scores = self.judge(rows.candidate[padded].contiguous())[:count]
         self.judge.forget()
         self.nonfinite += int((~torch.isfinite(scores).all(dim=1)).sum())
+        if self.observer is not None:
+            self.observer.judged(rows, scores)
         fooled = _claims(scores, rows.y)
-        if self.attack.budget == "min_norm":
+        if self.min_norm:
             fooled &= self.threat.distance(rows.candidate, rows.x) <= self.threat.eps + BALL_SLACK
-        keep = fooled if self.attack.budget == "min_norm" else fooled | rows.final
+        keep = fooled if self.min_norm else fooled | rows.final
         self.x_adv[rows.index[keep]] = rows.candidate[keep].contiguous()
-        self.fooled[rows.index] |= fooled
+        fresh = rows.index[fooled]
+        self.broken_by[fresh[~self.fooled[fresh]]] = self.part
+        self.fooled[fresh] = True
         return fooled
 
     def _split(self, rows: Rows) -> list[Rows]:
@@ -213,7 +239,7 @@ class Session:
             if not isinstance(value, Tensor) or value.dim() == 0 or len(value) != count:
                 came = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
                 raise AttackError(
-                    f"{self.spec.name}: state {name!r} is {came}; expected one row for each of {count} images"
+                    f"{self.name}: state {name!r} is {came}; expected one row for each of {count} images"
                 )
         return {name: value.detach() for name, value in state.items()}
 
@@ -221,10 +247,10 @@ class Session:
         """Inside ball and box, or an error that names the attack."""
         if not isinstance(x_adv, Tensor) or x_adv.shape != x.shape:
             came = tuple(x_adv.shape) if isinstance(x_adv, Tensor) else type(x_adv).__name__
-            raise AttackError(f"{self.spec.name} returned {came} where points of shape {tuple(x.shape)} were expected")
+            raise AttackError(f"{self.name} returned {came} where points of shape {tuple(x.shape)} were expected")
         inside = self.bound.project(x_adv.detach(), x)
         if not bool(torch.isfinite(inside).all()):
-            raise AttackError(f"{self.spec.name} returned NaN; a division by a zero gradient norm is the usual cause")
+            raise AttackError(f"{self.name} returned NaN; a division by a zero gradient norm is the usual cause")
         return inside
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -76,35 +76,49 @@ def row(record: Record, results: Path) -> dict[str, Any]:
 
 
 def worst_cases(records: Sequence[Record]) -> list[Record]:
-    """For every model that met several attacks: the images that stay right under all of them.
+    """For every model that met several attacks: the images that stay right under all of them."""
+    return [_worst_case(met) for met in _met_together(records)]
 
-    Models attacked at several radii of one norm are left out: there the largest radius alone would decide.
+
+def _met_together(records: Sequence[Record]) -> list[list[Record]]:
+    """Records of one model on the same images; radius by radius where it was attacked at several of one norm, since
+    there the largest alone would decide.
     """
     models: dict[tuple[Any, ...], list[Record]] = {}
     for record in records:
         if record.error is None and "key" in record.training:
             models.setdefault((record.label, record.training["key"], record.combiner), []).append(record)
-    worst = []
+    groups: list[list[Record]] = []
     for met in models.values():
         radii = {(record.norm, record.eps_value) for record in met}
-        shared = all(record.outcomes["ids"] == met[0].outcomes["ids"] for record in met)
-        if len(met) < 2 or not shared or len({norm for norm, _ in radii}) < len(radii):
+        if len({norm for norm, _ in radii}) == len(radii):
+            groups.append(met)
             continue
-        robust = [min(images) for images in zip(*(record.outcomes["robust"] for record in met), strict=True)]
-        label = " + ".join(f"{record.attack_label}{f' {record.norm}' if record.norm else ''}" for record in met)
-        cost = {name: sum(getattr(record, name) for record in met) for name in ("seconds", "forwards", "backwards")}
-        blank = dataclasses.replace(
-            met[0],
-            attack="worst_case",
-            attack_label=f"worst of {label}",
-            norm=None,
-            eps=None,
-            path=None,
-            flags=[],
-            **cost,
-        )
-        worst.append(with_outcomes(blank, met[0].outcomes["ids"], met[0].outcomes["clean"], robust))
-    return worst
+        for radius in sorted(radii, key=str):
+            groups.append([record for record in met if (record.norm, record.eps_value) == radius])
+    return [
+        met
+        for met in groups
+        if len(met) > 1 and all(record.outcomes["ids"] == met[0].outcomes["ids"] for record in met)
+    ]
+
+
+def _worst_case(met: Sequence[Record]) -> Record:
+    robust = [min(images) for images in zip(*(record.outcomes["robust"] for record in met), strict=True)]
+    label = " + ".join(f"{record.attack_label}{f' {record.norm}' if record.norm else ''}" for record in met)
+    cost = {name: sum(getattr(record, name) for record in met) for name in ("seconds", "forwards", "backwards")}
+    one = len({(record.norm, record.eps) for record in met}) == 1
+    blank = dataclasses.replace(
+        met[0],
+        attack="worst_case",
+        attack_label=f"worst of {label}",
+        norm=met[0].norm if one else None,
+        eps=met[0].eps if one else None,
+        path=None,
+        flags=[],
+        **cost,
+    )
+    return with_outcomes(blank, met[0].outcomes["ids"], met[0].outcomes["clean"], robust)
 
 
 def csv(records: Sequence[Record], results: Path) -> str:
@@ -116,12 +130,15 @@ def csv(records: Sequence[Record], results: Path) -> str:
 
 
 def markdown(records: Sequence[Record], results: Path, title: str = "") -> str:
-    """The records as a Markdown table in percent, worst cases, footnotes for flags and failures below."""
+    """The records as a Markdown table in percent, footnotes for flags and failures below."""
     notes: list[str] = []
     text = f"# {title}\n\n" if title else ""
-    text += _grid(records, results, notes)
-    if worst := worst_cases(records):
-        text += "\n\nRight under every attack of its row, image by image:\n\n" + _grid(worst, results, notes)
+    worst = {id(record): _worst_case(met) for met in _met_together(records) for record in met}
+    text += _grid(records, results, notes, worst)
+    if worst:
+        text += "\n\nworst %: right under every attack on this model in this table"
+        text += " (at this radius)" if any(record.norm for record in worst.values()) else ""
+        text += ", image by image."
     text += "\n\nAccuracy in percent ± binomial standard error over n test images."
     text += "".join(f"\n\n[{index}] {note}" for index, note in enumerate(notes, start=1))
     departures = {(record.method, why): None for record in records for why in record.training.get("deviations", ())}
@@ -131,8 +148,8 @@ def markdown(records: Sequence[Record], results: Path, title: str = "") -> str:
     return text + "\n"
 
 
-def _grid(records: Sequence[Record], results: Path, notes: list[str]) -> str:
-    """One table; new footnotes are added to ``notes``."""
+def _grid(records: Sequence[Record], results: Path, notes: list[str], worst: Mapping[int, Record]) -> str:
+    """The table itself; new footnotes are added to ``notes``. ``worst`` has worst cases by the id() of a record."""
     from tabulate import tabulate
 
     rows = []
@@ -153,12 +170,17 @@ def _grid(records: Sequence[Record], results: Path, notes: list[str]) -> str:
                 "eps": record.eps or "-",
                 "clean %": percent(record.clean_accuracy, record.n),
                 "robust %": percent(record.robust_accuracy, record.n) + marks,
+                **({"worst %": _worst_percent(worst.get(id(record)))} if worst else {}),
                 "n": record.n,
                 "time s": f"{record.seconds:.1f}",
                 "record": row(record, results)["record"] or "-",
             }
         )
     return tabulate(rows, headers="keys", tablefmt="github", disable_numparse=True)
+
+
+def _worst_percent(worst: Record | None) -> str:
+    return "-" if worst is None else percent(worst.robust_accuracy, worst.n)
 
 
 def flag_note(flag: dict[str, Any]) -> str:

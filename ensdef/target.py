@@ -3,52 +3,50 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import register_multi_grad_hook
 
+from ensdef.architecture import ResidualBlock
 from ensdef.combine import COMBINERS
 from ensdef.defense import EnsembleDefense
 from ensdef.errors import UsageError
 from ensdef.folding import FoldedCopy, frozen_copy
+from ensdef.passes import Memory, PassCounter, watch
 
 View = Callable[[Tensor], Tensor]
 T = TypeVar("T")
 
 
-@dataclass
-class PassCounter:
-    """Member passes, counted in images: one forward of 3 members on 10 images is 30.
+@dataclass(frozen=True)
+class Traits:
+    """What an attack may know of a model before it begins.
 
-    ``share`` is the part of the rows that counts; the rest is padding.
+    Args:
+        num_classes: scores an image.
+        image_shape: of one image.
+        members: networks in the ensemble; 1 for a plain module.
+        combiner: how they become one decision (``EnsembleDefense.combiner``, or the rule that replaces it); ``none``
+            for a plain module.
+        views: names of its readings, ``predict`` among them.
+        differentiable: those that have a gradient with respect to the image.
+        selects: whether ``selection`` gives weights of the members.
+        random: whether two passes over the same images differ.
+        residual_branches: shortcuts in all its networks whose branch gradient an attack may scale.
     """
 
-    forwards: int = 0
-    backwards: int = 0
-    share: float = 1.0
-
-    def watch(self, member: nn.Module) -> None:
-        """Count every pass through ``member`` from now on."""
-
-        def count(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
-            size = round(len(inputs[0]) * self.share)
-            self.forwards += size
-            tensors = [
-                part
-                for part in (output if isinstance(output, tuple) else (output,))
-                if isinstance(part, Tensor) and part.requires_grad
-            ]
-
-            def count_backward(gradient: Tensor) -> None:
-                self.backwards += size
-
-            if tensors:  # once a backward pass, through however many of the outputs it comes
-                register_multi_grad_hook(tensors, count_backward, mode="any")
-
-        member.register_forward_hook(count)
+    num_classes: int
+    image_shape: tuple[int, ...]
+    members: int
+    combiner: str
+    views: tuple[str, ...]
+    differentiable: tuple[str, ...]
+    selects: bool
+    random: bool
+    residual_branches: int = 0
 
 
 class Target:
@@ -88,16 +86,18 @@ class Target:
                 if isinstance(part, nn.Conv2d | nn.Linear):
                     part.to(torch.bfloat16)
         self.passes = PassCounter()
+        self.memory = Memory()
+        #: is shown every pass that keeps a graph to the image, while an observer looks on
+        self.witness: Callable[[Tensor, Tensor], None] | None = None
         members = self.module.members if isinstance(self.module, EnsembleDefense) else [self.module]
         for member in members:
-            self.passes.watch(member)
-        self._evaluated: list[tuple[Tensor, int, Tensor]] = []
+            watch(member, self.passes, self.memory)
 
     def __call__(self, x: Tensor) -> Tensor:
         """Log-scores that decide, (B, C) float32, with gradient to ``x``."""
         scores = self._run(self._predict, x)
         if isinstance(scores, Tensor):  # what else a model may return is refused by check_scores
-            self._evaluated.append((x.detach(), x._version, scores.detach()))
+            self.memory.keep("predict", x, scores.detach())
         return scores
 
     @property
@@ -118,17 +118,45 @@ class Target:
             return None
         return self._run(self.module.selection, x)
 
+    @property
+    def residual_blocks(self) -> list[ResidualBlock]:
+        """The blocks of this copy, of all members, whose branch gradient an attack may scale (SGM)."""
+        return [part for part in self.module.modules() if isinstance(part, ResidualBlock)]
+
     def forget(self) -> None:
-        """Drop the passes remembered for :meth:`scores_at`."""
-        self._evaluated.clear()
+        """Drop the passes remembered so far."""
+        self.memory.forget()
 
     def scores_at(self, x: Tensor) -> Tensor | None:
         """The scores of a pass already made on exactly this tensor (the same memory, not written since)."""
-        for seen, version, scores in reversed(self._evaluated):
-            same = seen.data_ptr() == x.data_ptr() and version == x._version
-            if same and seen.shape == x.shape and seen.stride() == x.stride():
-                return scores
-        return None
+        scores: Tensor | None = self.memory.find("predict", x)
+        return scores
+
+    def sharing(self) -> AbstractContextManager[None]:
+        """Readings of one point inside share their member passes, gradients too: one backward pass through them all."""
+        return self.memory.sharing()
+
+    def traits(self, x: Tensor) -> Traits:
+        """Look at the model through a few images (B, ...); nothing is counted or remembered."""
+        before, remembered, self.memory.on = self.passes.forwards, self.memory.on, False
+        views = self.views
+        point = x.detach().requires_grad_()
+        with torch.enable_grad():
+            scores = {name: view(point) for name, view in views.items()}
+        module = self.module if isinstance(self.module, EnsembleDefense) else None
+        kinds = {"native": module.combiner if module else "none", "avg": "mean"}
+        traits = Traits(
+            num_classes=scores["predict"].shape[1],
+            image_shape=tuple(x.shape[1:]),
+            members=len(module.members) if module else 1,
+            combiner=kinds.get(self.combiner, self.combiner),
+            views=tuple(views),
+            differentiable=tuple(name for name, value in scores.items() if value.requires_grad),
+            selects=self.combiner == "native" and self.selection(x) is not None,
+            random=not torch.allclose(self(x), scores["predict"], rtol=1e-4, atol=1e-4),
+        )
+        self.passes.forwards, self.memory.on = before, remembered
+        return traits
 
     def _predict(self, x: Tensor) -> Tensor:
         if self.combiner == "native" or not isinstance(self.module, EnsembleDefense):
@@ -140,6 +168,12 @@ class Target:
         return lambda x: self._run(view, x)
 
     def _run(self, function: Callable[[Tensor], T], x: Tensor) -> T:
+        result = self._compute(function, x)
+        if self.witness is not None and isinstance(result, Tensor) and result.requires_grad and x.requires_grad:
+            self.witness(x, result)
+        return result
+
+    def _compute(self, function: Callable[[Tensor], T], x: Tensor) -> T:
         if self.precision != "bf16":
             return function(x)
         with torch.autocast(x.device.type, dtype=torch.bfloat16):

@@ -22,7 +22,16 @@ from ensdef.testing import LinearClassifier
 from ensdef.threat import Threat
 
 #: (attack, test) -> why that attack need not pass it. Everything else follows from the class's own traits.
-EXEMPT: dict[tuple[str, str], str] = {}
+EXEMPT: dict[tuple[str, str], str] = {
+    ("mul_pgd", "no_steps"): "its last run begins with other noise than its first",
+    ("m_fgsm", "different_seeds"): "it draws in its steps, not at the start",
+    ("deepfool", "more_steps"): "one step suffices on a linear model",
+    ("bb", "breaks_some_images_of_the_toy"): "four steps along the boundary do not lead near the image",
+}
+#: Attacks that these toys cannot be attacked with, and which file tests them.
+ELSEWHERE = {"sgm": "needs residual branches: test_gradient_attacks.py"}
+#: Names of the tests that go through the list of attacks.
+TESTS: set[str] = set()
 
 CLASSES, SHAPE, COUNT = 4, (1, 8, 8), 40
 #: Radii at which the toys lose some images and keep others.
@@ -53,10 +62,12 @@ def cases(test: str, *needs: str) -> Any:
         "per_image": lambda name: ATTACKS.get(name).per_image,
         "iterative": iterative,
     }
+    TESTS.add(test)
     concerned = [
         (name, norm)
         for name in ensdef.list_attacks()
-        if (name, test) not in EXEMPT and all(rules[need](name) if need in rules else has(name, need) for need in needs)
+        if name not in ELSEWHERE
+        and (name, test) not in EXEMPT and all(rules[need](name) if need in rules else has(name, need) for need in needs)
         for norm in (ATTACKS.get(name).norms if ATTACKS.get(name).budget != "none" else ("linf",))
     ]
     return pytest.mark.parametrize(("name", "norm"), concerned)
@@ -144,7 +155,7 @@ def attacked(
 def test_every_exemption_names_an_attack_that_exists_and_a_test_that_exists() -> None:
     for name, test in EXEMPT:
         assert name in ensdef.list_attacks()
-        assert f"test_{test}" in globals()
+        assert test in TESTS
 
 
 def test_every_registered_attack_states_traits_the_harness_knows() -> None:
@@ -314,7 +325,7 @@ def test_different_seeds_give_different_starts_for_every_image(name: str, norm: 
 def test_an_attack_that_says_it_is_not_random_does_not_depend_on_the_seed() -> None:
     for name in ensdef.list_attacks():
         attack = ATTACKS.get(name)
-        if not attack.random:
+        if not attack.random and name not in ELSEWHERE:
             norm = (*attack.norms, "linf")[0]
             first, second = (attacked(name, norm, seed=seed).x_adv for seed in (0, 1))
             assert torch.equal(first, second), name

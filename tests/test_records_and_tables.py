@@ -701,7 +701,25 @@ def test_no_worst_case_of(others: list[Record], why: str) -> None:
     assert worst_cases([attacked("pgd", (1, 1, 0, 0)), *others]) == [], why
 
 
-def test_worst_cases_stand_below_the_table_and_in_a_file_of_their_own(tmp_path: Path) -> None:
+def test_attacks_at_several_radii_are_joined_radius_by_radius() -> None:
+    worst = worst_cases(
+        [
+            attacked(name, robust, eps=eps, eps_value=float(eps))
+            for name, robust, eps in (
+                ("pgd", (1, 1, 0, 0), "0.1"),
+                ("mim", (0, 1, 1, 0), "0.1"),
+                ("pgd", (1, 0, 0, 0), "0.3"),
+                ("mim", (1, 0, 1, 0), "0.3"),
+            )
+        ]
+    )
+    assert [(case.norm, case.eps, case.outcomes["robust"]) for case in worst] == [
+        ("linf", "0.1", [0, 1, 0, 0]),
+        ("linf", "0.3", [1, 0, 0, 0]),
+    ]
+
+
+def test_the_worst_case_is_a_column_of_the_table_and_has_a_file_of_its_own(tmp_path: Path) -> None:
     store = Store(tmp_path)
     written = [
         store.write(attacked(name, (1, index, 0, 0), key="ab" * 32)) for index, name in enumerate(("pgd", "mim"))
@@ -712,4 +730,10 @@ def test_worst_cases_stand_below_the_table_and_in_a_file_of_their_own(tmp_path: 
     assert set(files) == {"x.csv", "x.md", "x.worst.csv"}
     assert len(pd.read_csv(io.StringIO(files["x.csv"]))) == 2, "one row a record"
     assert pd.read_csv(io.StringIO(files["x.worst.csv"]))["robust_accuracy"].tolist() == [0.25]
-    assert "worst of pgd linf + mim linf" in files["x.md"]
+    header, _, *rows = [line for line in files["x.md"].splitlines() if line.startswith("|")]
+    column = [name.strip() for name in header.split("|")].index("worst %")
+    assert [row.split("|")[column].strip()[:4] for row in rows] == ["25.0", "25.0"]
+
+
+def test_a_table_of_one_attack_has_no_worst_case(tmp_path: Path) -> None:
+    assert "worst" not in markdown([attacked("pgd", (1, 1, 0, 0))], tmp_path)

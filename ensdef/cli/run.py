@@ -18,6 +18,7 @@ from ensdef.notation import fraction, split_list
 from ensdef.protocol import Protocol, load_protocol, plan, with_attacks, with_methods, without
 
 if TYPE_CHECKING:
+    from ensdef.health.catalogue import Tier
     from ensdef.records import Record
     from ensdef.specs import Cell
 
@@ -78,6 +79,12 @@ _RUN_OPTIONS = [
         show_default=True,
         help="Folder for records, checkpoints, tables.",
     ),
+    click.option(
+        "--health",
+        type=click.Choice(["basic", "full", "off"]),
+        help="Whether gradients lie: basic adds at most a tenth of the attack's passes, full runs further small attacks; "
+        "records of a lower tier are made anew only when this is given [default: basic].",
+    ),
     click.option("--json", "as_json", is_flag=True, help="Records as a JSON array on stdout, all else on stderr."),
     click.option("--dry-run", is_flag=True, help="List the cells, done and to do, and stop."),
 ]
@@ -127,6 +134,7 @@ def bench(
     device: str,
     batch_size: int,
     results: Path,
+    health: Tier | None,
     as_json: bool,
     dry_run: bool,
     **given: Any,
@@ -147,7 +155,7 @@ def bench(
             recipes=without(protocol.recipes, config),
             method_recipes=without(protocol.method_recipes, config),
         )
-    _go(protocol, "bench", None, plugin, device, batch_size, results, as_json, dry_run)
+    _go(protocol, "bench", None, plugin, device, batch_size, results, health, as_json, dry_run)
 
 
 @cli.command()
@@ -160,6 +168,7 @@ def run(
     device: str,
     batch_size: int,
     results: Path,
+    health: Tier | None,
     as_json: bool,
     dry_run: bool,
     seed: str | None,
@@ -169,7 +178,8 @@ def run(
     loaded = load_protocol(protocol)
     asked = _overlay(loaded, given, seed)
     # records of a protocol that was changed on the command line do not carry its id
-    _go(asked, asked.name, asked.id if asked == loaded else None, plugin, device, batch_size, results, as_json, dry_run)
+    protocol_id = asked.id if asked == loaded else None
+    _go(asked, asked.name, protocol_id, plugin, device, batch_size, results, health, as_json, dry_run)
 
 
 def _overlay(protocol: Protocol, given: dict[str, Any], seed: str | None) -> Protocol:
@@ -190,6 +200,7 @@ def _go(
     device: str,
     batch_size: int,
     results: Path,
+    health: Tier | None,
     as_json: bool,
     dry_run: bool,
 ) -> None:
@@ -205,10 +216,10 @@ def _go(
     check_writable(results)
     cells, _ = plan(protocol)
     if dry_run:
-        _print_plan(cells, results)
+        _print_plan(cells, results, health)
         return
-    preflight(cells, results)
-    records = run_cells(cells, Run(results, where, batch_size, protocol_id), ConsoleProgress())
+    preflight(cells, results, health)
+    records = run_cells(cells, Run(results, where, batch_size, protocol_id, health), ConsoleProgress())
     _report(records, protocol, table, results, as_json)
     if any(record.error for record in records):
         sys.exit(1)
@@ -226,13 +237,13 @@ def _report(records: list[Record], protocol: Protocol, table: str, results: Path
         click.echo(json.dumps([record.summary() for record in records], indent=1))
 
 
-def _print_plan(cells: list[Cell], results: Path) -> None:
+def _print_plan(cells: list[Cell], results: Path, health: Tier | None) -> None:
     from ensdef.checkpoints import checkpoint_folder, is_complete
     from ensdef.runner import find_record
 
     for cell in cells:
         trained = is_complete(checkpoint_folder(results, cell.training), cell.training)
-        state = "done" if find_record(cell, results) else "attack" if trained else "train and attack"
+        state = "done" if find_record(cell, results, health) else "attack" if trained else "train and attack"
         click.echo(
             f"{state:17} {cell.training.model.method_call} seed {cell.training.setting.seed}  "
             f"{cell.attack.call} {cell.attack.norm or ''} {cell.attack.written or ''}  n={cell.samples}  "

@@ -1,0 +1,92 @@
+"""Adversarial images crafted on one model and offered to others: made once, stored with what made them.
+
+A set is ``adversarial_sets/<key>.safetensors`` beside ``<key>.json``, its manifest: surrogate, attack, radius, seed,
+images, and checksums of the surrogate's weights and of the file. What no longer agrees is refused, never used.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save
+from torch import Tensor, nn
+
+from ensdef.attack_spec import AttackSpec
+from ensdef.checkpoints import read_weights
+from ensdef.errors import DataError
+from ensdef.keys import content_key
+from ensdef.progress import Progress
+from ensdef.records import write_bytes
+from ensdef.registry import ATTACKS
+from ensdef.session import Session
+from ensdef.target import Target
+
+
+class AdversarialSets:
+    """The sets of one results folder; without a folder they are made and handed out, but not kept."""
+
+    def __init__(self, results: Path | None = None) -> None:
+        self.folder = None if results is None else results / "adversarial_sets"
+
+    def get(self, made_from: Mapping[str, Any], weights: str, make: Callable[[], Tensor]) -> Tensor:
+        """The set that ``made_from`` describes, (N, ...); made and stored if there is none.
+
+        Args:
+            made_from: everything that decides the set, JSON values.
+            weights: checksum of the surrogate's weights.
+        Raises:
+            DataError: the stored set or its surrogate is not what the manifest says, or half of it is missing.
+        """
+        if self.folder is None:
+            return make()
+        name = content_key(made_from)[:16]
+        images, manifest = self.folder / f"{name}.safetensors", self.folder / f"{name}.json"
+        if not manifest.is_file():
+            content = save({"x_adv": make().cpu().contiguous()})
+            write_bytes(images, content)
+            told = {**made_from, "weights": weights, "sha256": hashlib.sha256(content).hexdigest()}
+            write_bytes(manifest, json.dumps({"format": 1, **told}, indent=1, sort_keys=True).encode())
+        self._check(manifest, images, weights)
+        return read_weights(images)["x_adv"]
+
+    def _check(self, manifest: Path, images: Path, weights: str) -> None:
+        remedy = f"delete {manifest.name} to have the set crafted again"
+        try:
+            told = json.loads(manifest.read_text(encoding="utf-8"))
+            surrogate, checksum = told["weights"], told["sha256"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise DataError(f"{manifest} is no manifest of adversarial images ({error!r}); {remedy}") from error
+        if surrogate != weights:
+            raise DataError(
+                f"{manifest}: crafted on a surrogate with weights {surrogate[:16]}, but the surrogate now has "
+                f"{weights[:16]}; {remedy}, or restore the checkpoint"
+            )
+        if not images.is_file():
+            raise DataError(f"{manifest}: its images {images.name} are missing; {remedy}")
+        if hashlib.sha256(images.read_bytes()).hexdigest() != checksum:
+            raise DataError(f"{images} was altered since it was crafted (checksum differs from its manifest); {remedy}")
+
+
+def craft(
+    surrogate: nn.Module,
+    spec: AttackSpec,
+    x: Tensor,
+    y: Tensor,
+    ids: Tensor,
+    *,
+    batch_size: int = 128,
+    progress: Progress | None = None,
+) -> Tensor:
+    """The last iterate of an attack on a surrogate for every image, right or wrong there, (N, ...) like ``x``."""
+    attack = ATTACKS.get(spec.name)(spec.params_object)
+    judge, target = Target(surrogate, fold=False, device=x.device), Target(surrogate, device=x.device)
+    traits = judge.traits(x[:1])
+    attack.fits(traits)
+    session = Session(spec, judge, x, y, ids, batch_size, traits.num_classes)
+    session.run(attack, target, torch.arange(len(x), device=x.device), progress or Progress(), f"{spec.call}, crafted")
+    return session.x_adv
