@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from statistics import median
 
@@ -37,6 +37,8 @@ from ensdef.specs import DataSpec, ModelSpec, Setting, TrainSpec
 from ensdef.training import train
 
 CLASSES, SHAPE, MEMBERS, K = 10, (3, 32, 32), 3, 10
+#: Seconds.
+WARM_UP = 5.0
 
 
 class Stopwatch(Progress):
@@ -58,18 +60,23 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     options = parser.parse_args()
 
-    costs = pass_costs(options.arch, options.batch_size, options.rounds)
-    print({kind: f"{1000 * seconds:.1f} ms" for kind, seconds in costs.items()}, flush=True)
+    passes_of_one_member = passes_to_time(options.arch, options.batch_size)
+    began = time.perf_counter()
+    while time.perf_counter() - began < WARM_UP:  # a fresh process is two to three times slower at first
+        for run in passes_of_one_member.values():
+            run()
     rows = []
     for method in split_list(options.methods):
-        taken: dict[str, list[float]] = {"plain": [], "train": [], "eval": []}
+        taken: dict[str, list[float]] = {name: [] for name in ("plain", "train", "eval", *passes_of_one_member)}
         for _ in range(options.rounds):
+            for kind, run in passes_of_one_member.items():
+                taken[kind] += [seconds_of(run) for _ in range(5)]
             taken["plain"].append(plain_step(method, options.arch, options.batch_size))
             for mode in ("train", "eval"):
                 taken[mode].append(our_step(method, options.arch, options.batch_size, mode))
         best = {name: median(values) for name, values in taken.items()}
         passes = count_passes(method, MEMBERS, K)
-        bound = sum(getattr(passes, kind) * seconds for kind, seconds in costs.items())
+        bound = sum(getattr(passes, kind) * best[kind] for kind in passes_of_one_member)
         rows.append(
             {
                 "method": method,
@@ -132,8 +139,8 @@ def plain_step(method: str, arch: str, batch_size: int) -> float:
     return time.perf_counter() - began
 
 
-def pass_costs(arch: str, batch_size: int, rounds: int) -> dict[str, float]:
-    """Seconds of one pass of one member over one batch, by kind, in the layouts that training uses."""
+def passes_to_time(arch: str, batch_size: int) -> dict[str, Callable[[], None]]:
+    """One pass of one member over one batch, by kind, in the layouts that training uses."""
     spec = ModelSpec.create("nat", {}, arch, 1, CLASSES, SHAPE, (0.5,), (0.25,))
     live: nn.Module = build_defense(spec).to(memory_format=torch.channels_last).members[0].train()  # type: ignore[call-overload]
     folded = FoldedCopy(live).module
@@ -159,16 +166,13 @@ def pass_costs(arch: str, batch_size: int, rounds: int) -> dict[str, float]:
         gradient: Tensor = torch.autograd.grad(loss, seen, create_graph=True)[0]
         (loss + gradient.square().sum()).backward()
 
-    costs = {}
-    for run in (forward, input_gradient, training, double_backward):
-        run()
-        times = []
-        for _ in range(5 * rounds):
-            began = time.perf_counter()
-            run()
-            times.append(time.perf_counter() - began)
-        costs[run.__name__] = median(times)
-    return costs
+    return {run.__name__: run for run in (forward, input_gradient, training, double_backward)}
+
+
+def seconds_of(run: Callable[[], None]) -> float:
+    began = time.perf_counter()
+    run()
+    return time.perf_counter() - began
 
 
 if __name__ == "__main__":
