@@ -9,9 +9,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from torch import Tensor
-
 from ensdef.attacks._pyautoattack import as_plain_model
+from torch import Tensor
 
 from ensdef.attack import WholeAttack
 from ensdef.errors import UsageError
@@ -59,8 +58,8 @@ class AutoAttack(WholeAttack):
         shape = traits.image_shape
         if self.params.version != "rand" and (len(shape) != 3 or not shape[1] == shape[2] >= SMALLEST_SIDE):
             raise UsageError(
-                f"images are of shape {shape}; Square, a part of AutoAttack, needs (channels, height, width) with height "
-                f"and width equal and at least {SMALLEST_SIDE}"
+                f"images are of shape {shape}; Square, a part of AutoAttack, needs (channels, height, width) with "
+                f"height and width equal and at least {SMALLEST_SIDE}"
             )
 
     def perturb(self, target: Target, x: Tensor, y: Tensor, threat: Threat, rng: KeyedRandom) -> Tensor:
@@ -68,8 +67,8 @@ class AutoAttack(WholeAttack):
             return x
         classes = target.traits(x[:1]).num_classes
         with _kept_warnings(self.warnings), _tracing_restored():
-            attack = self._built(as_plain_model(target), classes, threat, x.device, rng.seed)
-            x_adv, _ = attack.run_standard_evaluation(x.contiguous(), y, batch_size=BATCH)
+            attack = self._built(as_plain_model(target), classes, threat, x.device, rng.seed % 2**32)
+            x_adv: Tensor = attack.run_standard_evaluation(x.contiguous(), y, batch_size=BATCH)[0]
         return x_adv
 
     def _built(self, model: Any, classes: int, threat: Threat, device: Any, seed: int) -> Any:

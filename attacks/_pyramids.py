@@ -16,7 +16,8 @@ def stamp(side: int) -> Tensor:
     """A pyramid in the upper half and a negative one in the lower half, of length 1 together, (side, side)."""
     upper = side // 2
     both = torch.cat([_pyramid(upper, side), -_pyramid(side - upper, side)])
-    return both / both.norm()
+    scaled: Tensor = both / both.norm()
+    return scaled
 
 
 def _pyramid(height: int, width: int) -> Tensor:
@@ -25,7 +26,8 @@ def _pyramid(height: int, width: int) -> Tensor:
     distance = torch.maximum(rows.abs()[:, None], columns.abs()[None, :])
     falls = 1 / torch.arange(1, max(height, width) // 2 + 2, dtype=torch.float32) ** 2
     values = falls.flip(0).cumsum(0).flip(0)[distance]
-    return values / values.norm().clamp_min(TINY)
+    scaled: Tensor = values / values.norm().clamp_min(TINY)
+    return scaled
 
 
 def window(side: Tensor, top: Tensor, left: Tensor, height: int, width: int) -> Tensor:

@@ -66,10 +66,12 @@ def spread(values: Tensor, x: Tensor) -> Tensor:
 def log_odds(scores: Tensor, y: Tensor) -> Tensor:
     """log((1 - p_y) / p_y) of p = softmax(scores), (B,).
 
-    It rises whenever log p_y falls, also where p_y has been rounded to 1 (margins above 17 in float32).
+    It rises whenever log p_y falls, also where p_y has been rounded to 1 (margins above 17 in float32). Computed in
+    float64: exp and log of float32 round differently at the end of a batch than inside it.
     """
-    true = scores.gather(1, y[:, None]).squeeze(1)
-    return scores.scatter(1, y[:, None], -torch.inf).logsumexp(dim=1) - true
+    wide = scores.double()
+    true = wide.gather(1, y[:, None]).squeeze(1)
+    return (wide.scatter(1, y[:, None], -torch.inf).logsumexp(dim=1) - true).to(scores.dtype)
 
 
 @lru_cache(maxsize=8)

@@ -16,9 +16,8 @@ from typing import Any, Literal, get_args, get_origin
 
 import numpy as np
 import torch
-from torch import nn
-
 from ensdef.attacks._pyautoattack import as_plain_model
+from torch import nn
 
 from ensdef.errors import UsageError
 from ensdef.target import Target

@@ -10,21 +10,24 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
-from torch import Tensor
-
 from ensdef.attacks import _objectives as objectives
+from ensdef.attacks._autoattack import AutoAttack
 from ensdef.attacks._objectives import Objective, Reading
-from ensdef.attacks._pyautoattack import AutoAttack, AutoAttackParams
+from torch import Tensor
 
 from ensdef.attack import Attack, CompositeAttack, IterativeAttack, State, register_attack, require_gradient
 from ensdef.combine import log_probs
+from ensdef.errors import UsageError
 from ensdef.losses import cross_entropy, margin, targeted_margin
 from ensdef.rng import KeyedRandom
 from ensdef.target import Target, Traits
 from ensdef.threat import Threat
+
+#: What is raised: target, points (B, ...), labels, classes aimed at, shares of the run done, each (B,) -> (B,).
+Value = Callable[[Target, Tensor, Tensor, Tensor, Tensor], Tensor]
 
 #: Wrong classes that targeted parts aim at, as in AutoAttack.
 TARGETS = 9
@@ -56,9 +59,15 @@ class Adaptive(CompositeAttack):
 
     def parts(self, traits: Traits) -> Sequence[tuple[str, Attack]]:
         effort = 1 if self.params.budget == "quick" else 4
-        found = [(name, part) for name, part in _parts(traits, effort)]
+        found = list(_parts(traits, effort))
         if self.params.budget == "full":
-            found.append(("autoattack", AutoAttack(AutoAttackParams())))
+            last = AutoAttack()
+            last.warnings = self.warnings
+            try:
+                last.fits(traits)
+                found.append(("autoattack", last))
+            except UsageError as error:
+                self.warnings.append(f"left out: {error}")
         return found
 
 
@@ -82,12 +91,12 @@ class Part(IterativeAttack):
 
     Params = PartParams
 
-    def __init__(self, params: PartParams, value: Callable[[Target, Tensor, Tensor, Tensor, Tensor], Tensor]) -> None:
+    def __init__(self, params: PartParams, value: Value) -> None:
         super().__init__(params)
         self.value = value
 
     def runs(self, num_classes: int) -> int:
-        return int(self.params.restarts) * max(1, self.params.targets)
+        return int(self.params.restarts) * max(1, int(self.params.targets))
 
     def start(self, target: Target, x: Tensor, y: Tensor, threat: Threat, rng: KeyedRandom) -> State:
         state = {"x_adv": threat.random_start(x, rng), "wrong": y}
@@ -115,7 +124,7 @@ class Part(IterativeAttack):
 def _parts(traits: Traits, effort: int) -> Iterator[tuple[str, Attack]]:
     targets = min(TARGETS, traits.num_classes - 1)
 
-    def part(value: Any, steps: int, targeted: bool = False) -> Part:
+    def part(value: Value, steps: int, targeted: bool = False) -> Part:
         return Part(PartParams(steps * effort, 1 if targeted else effort, targets if targeted else 0), value)
 
     # the decision, every other view of it, and each member alone
@@ -172,7 +181,7 @@ def _targeted_suite(traits: Traits) -> Iterator[tuple[str, Objective]]:
             yield f"member{member} chosen and wrong", objectives.sure_and_wrong(member)
 
 
-def _of_view(view: str, loss: Callable[[Tensor, Tensor], Tensor] | None) -> Any:
+def _of_view(view: str, loss: Callable[[Tensor, Tensor], Tensor] | None) -> Value:
     """A loss of the scores of a view; None: the margin to the class aimed at."""
 
     def value(target: Target, x: Tensor, y: Tensor, wrong: Tensor, progress: Tensor) -> Tensor:
@@ -187,12 +196,13 @@ def _expected(target: Target, x: Tensor, y: Tensor, wrong: Tensor, progress: Ten
     return torch.stack([margin(target(x), y) for _ in range(DRAWS)]).mean(dim=0)
 
 
-def _of_members(objective: Objective, selects: bool) -> Any:
+def _of_members(objective: Objective, selects: bool) -> Value:
     def value(target: Target, x: Tensor, y: Tensor, wrong: Tensor, progress: Tensor) -> Tensor:
         with target.sharing():
             logits = target.member_logits(x)
             selection = target.selection(x) if selects else None
         assert logits is not None
-        return objective(Reading(logits, selection, y, wrong, progress))
+        raised: Tensor = objective(Reading(logits, selection, y, wrong, progress))
+        return raised
 
     return value

@@ -73,9 +73,7 @@ class Bandits(IterativeAttack):
         step = relative(self.params.step_size, threat.eps, "step_size")
         return x_adv + step * threat.ascent(interpolate(self.shown(prior, threat), size)), {"prior": prior}
 
-    def learnt(
-        self, target: Target, x: Tensor, y: Tensor, prior: Tensor, threat: Threat, rng: KeyedRandom
-    ) -> Tensor:
+    def learnt(self, target: Target, x: Tensor, y: Tensor, prior: Tensor, threat: Threat, rng: KeyedRandom) -> Tensor:
         """The prior after one pair of questions (Algorithms 2 and 3), like ``prior``.
 
         In linf the prior is kept as atanh(v): the exponentiated gradient step on v adds to it, and v never saturates.
@@ -86,11 +84,12 @@ class Bandits(IterativeAttack):
         for way in (1, -1):
             direction = interpolate(shown + way * self.params.exploration * noise, list(x.shape[2:]))
             length = spread(direction.flatten(1).norm(dim=1), x)
-            scores = target(x + self.params.probe * direction / length)
+            scores = target(x + self.params.probe * direction / length).double()
             losses.append(nn.functional.softplus(log_odds(scores, y)))  # -log p_y, not rounded to 0 where p_y is near 1
-        slope = (losses[0] - losses[1]) / (self.params.probe * self.params.exploration)
+        slope = ((losses[0] - losses[1]) / (self.params.probe * self.params.exploration)).to(x.dtype)
         slope = torch.nan_to_num(slope, nan=0.0, posinf=0.0, neginf=0.0)
-        return prior + self.params.prior_lr * spread(slope, x) * noise
+        learnt: Tensor = prior + self.params.prior_lr * spread(slope, x) * noise
+        return learnt
 
     def shown(self, prior: Tensor, threat: Threat) -> Tensor:
         """The estimate v of the gradient on the coarse grid; within (-1, 1) in linf."""

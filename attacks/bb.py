@@ -25,8 +25,8 @@ from ensdef.threat import Threat
 
 #: foolbox's classes by norm.
 CLASSES = {"linf": "LinfinityBrendelBethgeAttack", "l2": "L2BrendelBethgeAttack"}
-#: foolbox's trust region, in units of the length of a whole image (of a whole batch in foolbox).
-RADIUS = 1e-3
+#: foolbox's first trust region, as a share of the number of pixels, and the number of pixels it was chosen for.
+SHARE, PIXELS = 1e-3, 3 * 32 * 32
 
 
 @dataclass(frozen=True)
@@ -80,15 +80,16 @@ class BrendelBethge(WholeAttack):
         return closest
 
     def _walk(self, attacks: Any, model: Any, x: Tensor, y: Tensor, starts: Tensor, threat: Threat) -> Tensor:
-        # foolbox multiplies the trust region by the number of elements of the batch; divided by the number of images
-        # it is that of an image attacked alone, whatever the batch
-        attack = getattr(attacks, CLASSES[str(threat.norm)])(steps=self.params.steps, lr=RADIUS / len(x))
+        # foolbox multiplies the trust region by the number of elements of the batch: results depend on the batch, and
+        # small images are never left. Divided by the images, and growing like distances (the root of the number of
+        # pixels), it is foolbox's for a single image of CIFAR, in every batch.
+        pixels = x[0].numel()
+        radius = SHARE * (PIXELS / pixels) ** 0.5 / len(x)
+        attack = getattr(attacks, CLASSES[str(threat.norm)])(steps=self.params.steps, lr=radius)
         found: Tensor = attack.run(model, x.contiguous(), y, starting_points=starts.contiguous())
         return found.detach().clamp(0, 1)
 
-    def _starts(
-        self, target: Target, x: Tensor, y: Tensor, threat: Threat, rng: KeyedRandom
-    ) -> tuple[Tensor, Tensor]:
+    def _starts(self, target: Target, x: Tensor, y: Tensor, threat: Threat, rng: KeyedRandom) -> tuple[Tensor, Tensor]:
         """Where walks may begin: points, (P, ...), and for each image their numbers, nearest first; -1: no more.
 
         The images of the batch, and uniform noise for batches in which all images are of one class.

@@ -14,9 +14,8 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
-
 from ensdef.attacks._gradient import GradientAttack, GradientParams, Loss
+from torch import Tensor
 
 from ensdef.attack import Attack, CompositeAttack, IterativeAttack, State, register_attack, require_gradient
 from ensdef.errors import UsageError

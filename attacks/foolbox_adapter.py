@@ -53,7 +53,7 @@ def foolbox_attack(name: str) -> type[Attack]:
     }
     if name not in known:
         raise UsageError(suggest("class of foolbox.attacks", name, known))
-    cls = known[name]
+    cls: Any = known[name]
     if hasattr(cls, "feed"):
         raise UsageError(f"{owner} must be fed with images by hand, which cannot be written; take another class")
     takes = inspect.signature(cls).parameters

@@ -1,9 +1,9 @@
-"""Improving Transferability of Adversarial Examples with Input Diversity (Xie, Zhang, Zhou, Bai, Wang, Ren, Yuille; CVPR
-2019, arXiv:1803.06978) with the momentum of Dong et al. (CVPR 2018, arXiv:1710.06081): M-DI2-FGSM.
+"""Improving Transferability of Adversarial Examples with Input Diversity (Xie, Zhang, Zhou, Bai, Wang, Ren, Yuille;
+CVPR 2019, arXiv:1803.06978) with the momentum of Dong et al. (CVPR 2018, arXiv:1710.06081): M-DI2-FGSM.
 
-The paper enlarges ImageNet's images and pads them to a fixed larger size. Networks for small images want their own size,
-so here an image is shrunk to a random size and padded with zeros back to the size it had, at a random place. No paper
-states the range of sizes for small images; ``resize_rate`` is that of torchattacks (28 to 31 pixels for images of 32).
+The paper enlarges ImageNet's images and pads them to a fixed larger size. Networks for small images want their own
+size, so here an image is shrunk to a random size and padded with zeros back to the size it had, at a random place. No
+paper states the range of sizes for small images; ``resize_rate`` is that of torchattacks (28 to 31 pixels out of 32).
 """
 
 from __future__ import annotations
@@ -11,9 +11,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
-
 from ensdef.attacks._gradient import GradientAttack, GradientParams
+from torch import Tensor
 
 from ensdef.attack import register_attack
 from ensdef.errors import UsageError
@@ -53,7 +52,9 @@ class MomentumDiverseInputs(GradientAttack):
     def fits(self, traits: Traits) -> None:
         super().fits(traits)
         if len(traits.image_shape) != 3:
-            raise UsageError(f"images are of shape {traits.image_shape}; shrinking them needs (channels, height, width)")
+            raise UsageError(
+                f"images are of shape {traits.image_shape}; shrinking them needs (channels, height, width)"
+            )
 
     def shown(self, x_adv: Tensor, rng: KeyedRandom) -> Tensor:
         if not self.params.probability:

@@ -111,9 +111,11 @@ class Rays(IterativeAttack):
             state["block"] < len(bounds), state["block"], len(bounds) - count + (state["block"] - len(bounds)) % count
         )
         position = torch.arange(count, device=state["x"].device).view(state["x"].shape[1:])
-        return flip(state["signs"], bounds[number], position)
+        tried: Tensor = flip(state["signs"], bounds[number], position)
+        return tried
 
 
 def ray(x: Tensor, signs: Tensor, radius: Tensor) -> Tensor:
     """The point that every coordinate has moved to by ``radius`` (B,), inside the box."""
-    return (x + spread(radius, x) * signs).clamp(0.0, 1.0)
+    point: Tensor = (x + spread(radius, x) * signs).clamp(0.0, 1.0)
+    return point

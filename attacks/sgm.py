@@ -1,5 +1,5 @@
-"""Skip Connections Matter: On the Transferability of Adversarial Examples Generated with ResNets (Wu, Wang, Xia, Bailey,
-Ma; ICLR 2020, arXiv:2002.05990): the skip gradient method.
+"""Skip Connections Matter: On the Transferability of Adversarial Examples Generated with ResNets (Wu, Wang, Xia,
+Bailey, Ma; ICLR 2020, arXiv:2002.05990): the skip gradient method.
 
 The forward pass stays as it is, bit for bit; in the backward pass the gradient through every residual branch is
 multiplied by gamma, the gradient through the shortcut is not.
@@ -11,9 +11,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from torch import Tensor
-
 from ensdef.attacks._gradient import GradientAttack, GradientParams
+from torch import Tensor
 
 from ensdef.architecture import ResidualBlock
 from ensdef.attack import State, register_attack
@@ -60,7 +59,8 @@ class SkipGradientMethod(GradientAttack):
         self, target: Target, x_adv: Tensor, y: Tensor, state: State, threat: Threat, rng: KeyedRandom
     ) -> tuple[Tensor, State]:
         with _branches_scaled(target.residual_blocks, self.params.gamma):
-            return super().step(target, x_adv, y, state, threat, rng)
+            moved: tuple[Tensor, State] = super().step(target, x_adv, y, state, threat, rng)
+        return moved
 
 
 @contextmanager

@@ -67,7 +67,8 @@ class Simba(ProposalAttack):
         }
 
     def loss(self, scores: Tensor, y: Tensor) -> Tensor:
-        return log_odds(scores, y)
+        odds: Tensor = log_odds(scores, y)
+        return odds
 
     def propose(self, better: Tensor, state: State, threat: Threat, rng: KeyedRandom) -> tuple[Tensor, State]:
         best, order = state["best"], state["order"]

@@ -84,4 +84,5 @@ class Spsa(IterativeAttack):
             slopes = torch.nan_to_num((losses[0] - losses[1]) / (2 * delta), nan=0.0, posinf=0.0, neginf=0.0)
             for slope, direction in zip(slopes, directions, strict=True):  # one by one: their order fixes the rounding
                 total = total + spread(slope, x) * direction
-        return total / pairs
+        mean: Tensor = total / pairs
+        return mean

@@ -36,13 +36,13 @@ def torchattack(name: str) -> type[Attack]:
     torchattacks = _wrapped.library("torchattacks", owner)
     if name == "AutoAttack":
         raise UsageError(
-            f"{owner} is not AutoAttack: its parts have 10 steps where the published attack has 100, and Square another "
-            "schedule; use autoattack"
+            f"{owner} is not AutoAttack: its parts have 10 steps where the published attack has 100, and Square has "
+            "another schedule; use autoattack"
         )
     known = {key: value for key, value in vars(torchattacks).items() if inspect.isclass(value)}
     if name not in known:
         raise UsageError(suggest("class of torchattacks", name, set(known) - {"AutoAttack"}))
-    cls = known[name]
+    cls: Any = known[name]
     accepted = inspect.signature(cls).parameters
     radius = next((key for key in RADII if key in accepted), None)
 

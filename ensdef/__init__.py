@@ -44,6 +44,7 @@ _HOME = {
 __all__ = [
     "Attack",
     "Batch",
+    "CompositeAttack",
     "EnsembleDefense",
     "InnerAttack",
     "IterativeAttack",

@@ -107,7 +107,8 @@ def require_gradient(view: str, traits: Traits) -> None:
         raise UsageError(f"the target has no view {view!r}; it has: {', '.join(traits.views)}")
     if view not in traits.differentiable:
         others = [name for name in traits.differentiable if name != view]
-        blind = [name for name in ATTACKS.names() if ATTACKS.get(name).access in ("score", "decision")]
+        known = [(name, ATTACKS.get(name)) for name in ATTACKS.names()]
+        blind = [name for name, one in known if one.access in ("score", "decision") and one.budget != "none"]
         raise UsageError(
             f"{view} has no gradient with respect to the image, which a gradient attack needs; "
             + (f"attack another view ({', '.join(others)}), or " if others else "")

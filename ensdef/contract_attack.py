@@ -43,7 +43,7 @@ def _residual(x: Tensor) -> nn.Module:
         model = ResidualNetwork(ImageSpec(SHAPE, CLASSES), 8, [(8, 1)], "relu").eval()
     assert isinstance(model.classifier, nn.Linear)
     with torch.no_grad():
-        model.classifier.bias -= model(x).mean(dim=0)
+        model.classifier.bias.sub_(model(x).mean(dim=0))
     return model
 
 

@@ -59,7 +59,7 @@ def evaluate(
         attack_seed: of the keyed random numbers.
         batch_size: rows a pass; cannot change the result.
         device: ``"auto"``, ``"cpu"`` or ``"cuda"``.
-        prerequisites: trained defences that the attack asks for, by role (``"nat x 3"``: the surrogate of ``transfer``).
+        prerequisites: trained defences that the attack asks for, by role (transfer attacks: their surrogates).
         health: of the report that fills ``flags``: ``"basic"``, ``"full"`` or ``"off"``.
     Returns:
         a record; nothing is written.

@@ -119,4 +119,4 @@ def watch(member: nn.Module, passes: PassCounter, memory: Memory) -> None:
             memory.keep(question, x, _Pass(x, output, tuple(part._version for part in parts_of(output))))
         return output
 
-    member.forward = forward  # type: ignore[method-assign]
+    member.forward = forward

@@ -104,10 +104,7 @@ def run_cells(cells: Iterable[Cell], run: Run, progress: Progress | None = None)
     """Every cell's record, in order; a cell that fails gives a record with ``error`` and stops nobody else."""
     progress = progress or Progress()
     failures: dict[str, str] = {}
-    return [
-        find_record(cell, run.results, run.health) or run_cell(cell, run, progress, failures)
-        for cell in cells
-    ]
+    return [find_record(cell, run.results, run.health) or run_cell(cell, run, progress, failures) for cell in cells]
 
 
 def run_cell(cell: Cell, run: Run, progress: Progress, failures: dict[str, str]) -> Record:

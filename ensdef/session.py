@@ -177,6 +177,8 @@ class Session:
             self._kept(state, len(padded)),
         )
         claim = torch.zeros_like(moved.final) if scores is None else _claims(scores, moved.y)
+        if self.min_norm:  # one that fools from too far away is no success yet
+            claim &= self._near(moved.candidate, moved.x)
         done = moved.step >= attack.steps
         if stopped is not None:
             done = done | stopped
@@ -221,13 +223,16 @@ class Session:
             self.observer.judged(rows, scores)
         fooled = _claims(scores, rows.y)
         if self.min_norm:
-            fooled &= self.threat.distance(rows.candidate, rows.x) <= self.threat.eps + BALL_SLACK
+            fooled &= self._near(rows.candidate, rows.x)
         keep = fooled if self.min_norm else fooled | rows.final
         self.x_adv[rows.index[keep]] = rows.candidate[keep].contiguous()
         fresh = rows.index[fooled]
         self.broken_by[fresh[~self.fooled[fresh]]] = self.part
         self.fooled[fresh] = True
         return fooled
+
+    def _near(self, points: Tensor, x: Tensor) -> Tensor:
+        return self.threat.distance(points, x) <= self.threat.eps + BALL_SLACK
 
     def _split(self, rows: Rows) -> list[Rows]:
         order = torch.arange(len(rows), device=rows.index.device)
@@ -238,9 +243,7 @@ class Session:
         for name, value in state.items():
             if not isinstance(value, Tensor) or value.dim() == 0 or len(value) != count:
                 came = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
-                raise AttackError(
-                    f"{self.name}: state {name!r} is {came}; expected one row for each of {count} images"
-                )
+                raise AttackError(f"{self.name}: state {name!r} is {came}; expected one row for each of {count} images")
         return {name: value.detach() for name, value in state.items()}
 
     def _checked(self, x_adv: Any, x: Tensor) -> Tensor:

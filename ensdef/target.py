@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any, TypeVar, cast
+from typing import TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -154,6 +154,7 @@ class Target:
             differentiable=tuple(name for name, value in scores.items() if value.requires_grad),
             selects=self.combiner == "native" and self.selection(x) is not None,
             random=not torch.allclose(self(x), scores["predict"], rtol=1e-4, atol=1e-4),
+            residual_branches=len(self.residual_blocks),
         )
         self.passes.forwards, self.memory.on = before, remembered
         return traits

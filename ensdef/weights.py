@@ -14,9 +14,7 @@ from ensdef.keys import content_key
 def weights_hash(model: nn.Module) -> str:
     """Content key of a state dict: names, shapes and values."""
     tensors = {
-        name: hashlib.sha256(
-            tensor.detach().cpu().contiguous().view(-1).view(uint8).numpy().tobytes()
-        ).hexdigest()
+        name: hashlib.sha256(tensor.detach().cpu().contiguous().view(-1).view(uint8).numpy().tobytes()).hexdigest()
         if tensor.numel()
         else ""
         for name, tensor in model.state_dict().items()

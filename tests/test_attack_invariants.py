@@ -67,7 +67,8 @@ def cases(test: str, *needs: str) -> Any:
         (name, norm)
         for name in ensdef.list_attacks()
         if name not in ELSEWHERE
-        and (name, test) not in EXEMPT and all(rules[need](name) if need in rules else has(name, need) for need in needs)
+        and (name, test) not in EXEMPT
+        and all(rules[need](name) if need in rules else has(name, need) for need in needs)
         for norm in (ATTACKS.get(name).norms if ATTACKS.get(name).budget != "none" else ("linf",))
     ]
     return pytest.mark.parametrize(("name", "norm"), concerned)

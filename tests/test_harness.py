@@ -356,6 +356,8 @@ def test_the_point_of_a_robust_image_is_the_last_of_its_last_run(register: Regis
 
 def returning(what: Callable[[Tensor], Any], *, in_start: bool = False) -> type[Toy]:
     class Returning(Toy):
+        access = "score"
+
         def start(self, target: Target, x: Tensor, y: Tensor, threat: Threat, rng: KeyedRandom) -> State:
             return {"x_adv": what(x)} if in_start else {}
 
@@ -805,7 +807,7 @@ def test_a_model_that_returns_nan_is_flagged_and_not_blamed_on_the_attack(name: 
 
 
 def test_a_model_that_is_sound_has_no_flags() -> None:
-    x = images(30)
+    x = images(400)
     assert evaluate(linear(), x, decisions(linear(), x), eps=0.1, steps=3, device="cpu").flags == []
 
 

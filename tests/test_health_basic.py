@@ -95,7 +95,7 @@ def test_the_basic_report_adds_at_most_a_tenth_of_the_attack_s_passes(
 
 
 def test_an_attack_of_many_passes_pays_for_an_examination() -> None:
-    assert 0 < attacked(linear(), steps=50).health_forwards
+    assert attacked(linear(), steps=50).health_forwards > 0
 
 
 @pytest.mark.parametrize("success", ["any", "last"])
@@ -118,9 +118,9 @@ def test_an_examination_leaves_the_global_random_state_alone() -> None:
 
 def test_a_zero_gradient_is_told_with_its_share() -> None:
     flag = found(Says(after=torch.round))["zero_gradient"]
-    assert flag["value"] == 1.0
+    assert flag["value"] > 0.9, "all but those that the random start fools"
     assert flag["threshold"] == 0.001
-    assert "64 of 64" in flag["meaning"]
+    assert f"{round(64 * flag['value'])} of 64" in flag["meaning"]
     assert "zero_gradient" not in found(Says())
 
 
@@ -200,17 +200,17 @@ def test_images_fooled_on_the_way_alone_are_told_where_only_the_end_counts(monke
 
 
 class Fickle(Mean):
-    """Selects by the parity of a rounded pixel sum."""
+    """Selects by something that any step changes."""
 
     combiner = "select"
 
     def selection(self, x: Tensor) -> Tensor:
-        odd = (1000 * x.flatten(1).sum(dim=1)).floor() % 2
-        return torch.stack([odd, 1 - odd], dim=1)
+        wild = torch.sin(1e5 * x.flatten(1).square().sum(dim=1))
+        return torch.stack([wild, -wild], dim=1)
 
 
 def test_a_selector_that_changes_its_mind_in_every_other_step_is_told() -> None:
-    flag = found(Fickle([linear(), linear(1)]), eps=0.02)["selector_churn"]
+    flag = found(Fickle([linear(), linear(1)]), eps=0.02, step_size="eps/40")["selector_churn"]
     assert flag["severity"] == "info"
     assert flag["value"] > 0.2
     assert "selector_churn" not in found(Selected([linear(), linear(1)]), eps=0.01)
@@ -285,7 +285,7 @@ def test_warnings_of_the_attack_are_kept_word_for_word(monkeypatch: pytest.Monke
 
 
 def test_a_model_that_guesses_is_told() -> None:
-    flag = found(LinearClassifier(torch.zeros(CLASSES, PIXELS), torch.tensor([1.0, 0.0, 0.0, 0.0])))["clean_accuracy"]
+    flag = found(LinearClassifier(torch.zeros(CLASSES, PIXELS), torch.tensor([2.0, 0.0, 0.0, 0.0])))["clean_accuracy"]
     assert flag["value"] == 0.25
     assert flag["threshold"] == pytest.approx(0.25 + 3 * (0.25 * 0.75 / COUNT) ** 0.5)
     assert "clean_accuracy" not in found(linear())
@@ -293,7 +293,7 @@ def test_a_model_that_guesses_is_told() -> None:
 
 @pytest.mark.parametrize(("count", "wide"), [(40, True), (200, True), (800, False)])
 def test_few_images_make_a_number_uncertain(count: int, wide: bool) -> None:
-    flags = found(linear(), count=count, steps=2)
+    flags = found(linear(), count=count)
     assert ("uncertain" in flags) == wide
 
 

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import pytest
 import torch
+from ensdef.attacks import _pyramids, square
+from ensdef.attacks._pyautoattack import as_plain_model
+from ensdef.attacks._pyramids import stamp
+from ensdef.attacks.square import SquareSearch
 from pyautoattack.square import SquareAttack
 from torch import Tensor, nn
 from toys_queries import (
@@ -18,9 +23,6 @@ from toys_queries import (
     trained_network,
 )
 
-from ensdef.attacks._pyautoattack import as_plain_model
-from ensdef.attacks._pyramids import stamp
-from ensdef.attacks.square import SquareSearch
 from ensdef.errors import UsageError
 from ensdef.registry import ATTACKS
 from ensdef.rng import KeyedRandom
@@ -101,12 +103,10 @@ def test_it_never_leaves_the_corners_of_the_ball() -> None:
 def test_with_two_classes_it_finds_the_exact_robust_set() -> None:
     model, x = linear(), images(60)
     y = decisions(model, x)
-    for eps in (0.02, 0.05):
-        exact = model.exactly_robust(x, y, eps)
-        assert 0 < int(exact.sum()) < len(x)
-        # squares of a single pixel from the beginning
-        robust = attacked(model, x, y, "square", eps, queries=1500, p=0.05).robust
-        assert torch.equal(robust, exact)
+    exact = model.exactly_robust(x, y, 0.03)
+    assert 10 < int(exact.sum()) < 50
+    # squares of a single pixel from the beginning
+    assert torch.equal(attacked(model, x, y, "square", 0.03, queries=900, p=0.05).robust, exact)
 
 
 # --- both norms -----------------------------------------------------------------------------------
@@ -126,7 +126,7 @@ def test_it_breaks_nothing_that_the_oracle_says_is_robust(norm: str) -> None:
         scores = model(x).detach()
         room = scores.gather(1, y[:, None]) - scores - eps * apart.norm(dim=2)
         exact = (room.scatter(1, y[:, None], torch.inf) > 0).all(dim=1)
-    assert 0 < int(exact.sum())
+    assert int(exact.sum()) > 0
     assert bool(robust[exact].all())
 
 
@@ -139,7 +139,7 @@ def test_the_loss_never_falls_as_queries_are_added(norm: str) -> None:
         margins(model, attacked(model, x, y, "square", eps, norm, queries=n, success="last").x_adv, y)
         for n in (1, 4, 30, 200)
     ]
-    for before, after in zip(reached, reached[1:], strict=False):
+    for before, after in pairwise(reached):
         assert bool((after >= before - 1e-6).all())
         assert float((after - before).mean()) > 0
 
@@ -170,16 +170,26 @@ def test_the_pyramids_of_l2_are_the_official_ones(side: int) -> None:
     assert any(torch.allclose(ours, other, atol=1e-6) for other in (official, official.T))
 
 
+def official_place(side: Tensor, height: int, width: int, rng: KeyedRandom) -> tuple[Tensor, Tensor]:
+    """The last row and column are reached by squares as large as the image alone."""
+    return rng.bits() % (height - side).clamp_min(1), rng.bits() % (width - side).clamp_min(1)
+
+
 @both_norms
-def test_own_and_official_squares_break_the_same_number_of_images(norm: str) -> None:
+def test_own_and_official_squares_break_as_many_images_when_placed_by_the_same_law(
+    monkeypatch: pytest.MonkeyPatch, norm: str
+) -> None:
     model, x, y = trained_network()
-    eps = 0.12 if norm == "linf" else 0.7
-    robust = {
-        kind: attacked(model, x, y, "square", eps, norm, queries=200, implementation=kind).robust
-        for kind in ("own", "official")
-    }
-    assert 30 < int(robust["official"].sum()) < 120
-    assert abs(int(robust["own"].sum()) - int(robust["official"].sum())) <= 8
+    eps = 0.15 if norm == "linf" else 0.9
+    official = attacked(model, x, y, "square", eps, norm, queries=200, implementation="official").robust
+    everywhere = attacked(model, x, y, "square", eps, norm, queries=200).robust
+    for module in (_pyramids, square):
+        monkeypatch.setattr(module, "place", official_place)
+    same = attacked(model, x, y, "square", eps, norm, queries=200).robust
+    assert 30 < int(official.sum()) < 110
+    assert abs(int(same.sum()) - int(official.sum())) <= 8
+    # on images this small the edge that the official squares miss is a quarter of the pixels
+    assert int(everywhere.sum()) < int(official.sum())
 
 
 @pytest.mark.parametrize("implementation", ["own", "official"])
@@ -188,7 +198,7 @@ def test_it_breaks_a_model_whose_gradient_is_masked_and_pgd_does_not(implementat
     masked = Masked(model)
     assert torch.equal(attacked(masked, x, y, "pgd", 0.15, random_start=False).robust, decisions(model, x) == y)
     broken = attacked(masked, x, y, "square", 0.15, queries=100, implementation=implementation)
-    assert int(broken.robust.sum()) < 0.6 * int(broken.clean.sum())
+    assert int(broken.robust.sum()) <= int(broken.clean.sum()) - 20
 
 
 # --- passes ---------------------------------------------------------------------------------------
@@ -292,9 +302,7 @@ def test_images_without_rows_and_columns_of_channels_are_refused(shape: tuple[in
 def test_the_official_implementation_is_refused_where_it_would_crash(shape: tuple[int, ...]) -> None:
     x = images(2, shape=shape)
     with pytest.raises(UsageError, match="implementation=own"):
-        attacked(
-            linear(shape=shape), x, decisions(linear(shape=shape), x), "square", 0.1, implementation="official"
-        )
+        attacked(linear(shape=shape), x, decisions(linear(shape=shape), x), "square", 0.1, implementation="official")
 
 
 def test_the_parts_are_named_and_blamed() -> None:

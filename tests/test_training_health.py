@@ -401,10 +401,10 @@ def cell(method: str, attack: str = "fgsm") -> Cell:
 
 def test_records_carry_what_was_found_in_their_training_cached_or_not(tmp_path: Path) -> None:
     first, second = cell("toy_choosing"), cell("toy_choosing", "mim")
-    (record,) = run_cells([first], Run(tmp_path))
+    (record,) = run_cells([first], Run(tmp_path, health="off"))
     assert "expert_collapse" in names(record.flags)
     assert record.flags == training_report(checkpoint_folder(tmp_path, first.training))["health"]
-    again, other = run_cells([first, second], Run(tmp_path))
+    again, other = run_cells([first, second], Run(tmp_path, health="off"))
     assert again.path == record.path
     assert again.flags == record.flags == other.flags
 
@@ -414,19 +414,21 @@ def test_flags_of_the_attack_come_after_those_of_the_training(tmp_path: Path, mo
 
     flag = {"flag": "recount", "severity": "masking", "value": 1.0, "threshold": 0.0, "meaning": "m", "action": "a"}
     monkeypatch.setattr(ensdef.evaluation, "_flags", lambda outcome, n: [flag])
-    (record,) = run_cells([cell("toy_choosing")], Run(tmp_path))
+    (record,) = run_cells([cell("toy_choosing")], Run(tmp_path, health="off"))
     assert names(record.flags)[-1] == "recount"
     assert "expert_collapse" in names(record.flags)
 
 
 def test_a_checkpoint_from_before_findings_were_kept_gives_none(tmp_path: Path) -> None:
     one = cell("toy_choosing")
-    run_cells([one], Run(tmp_path))
+    run_cells([one], Run(tmp_path, health="off"))
     description = checkpoint_folder(tmp_path, one.training) / "spec.json"
     content = json.loads(description.read_text())
     del content["report"]["health"]
     description.write_text(json.dumps(content))
-    (record,) = run_cells([dataclasses.replace(one, attack=cell("toy_choosing", "mim").attack)], Run(tmp_path))
+    (record,) = run_cells(
+        [dataclasses.replace(one, attack=cell("toy_choosing", "mim").attack)], Run(tmp_path, health="off")
+    )
     assert (record.error, record.flags) == (None, [])
 
 

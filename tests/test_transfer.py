@@ -12,10 +12,13 @@ from click.testing import CliRunner
 from torch import Tensor
 
 import ensdef
+import ensdef.cli.inspect
+import ensdef.cli.plugins
+import ensdef.cli.run
 from ensdef.adversarial_sets import AdversarialSets
 from ensdef.attack_spec import AttackSpec
 from ensdef.checkpoints import packed, read_weights
-from ensdef.cli import main
+from ensdef.cli import cli
 from ensdef.defense import Batch, EnsembleDefense, Terms
 from ensdef.errors import DataError, UsageError
 from ensdef.harness import Outcome, attack_model
@@ -91,7 +94,9 @@ def test_sets_are_crafted_once_and_used_again(tmp_path: Path, monkeypatch: pytes
     assert len(manifest["weights"]) == len(manifest["sha256"]) == 64
 
 
-@pytest.mark.parametrize(("damage", "told"), [("altered", "was altered"), ("missing", "are missing"), ("text", "no manifest")])
+@pytest.mark.parametrize(
+    ("damage", "told"), [("altered", "was altered"), ("missing", "are missing"), ("text", "no manifest")]
+)
 def test_a_damaged_set_is_refused(tmp_path: Path, damage: str, told: str) -> None:
     offered(ensemble(), ensemble(seed=5), 0.1, AdversarialSets(tmp_path))
     manifest, content = sorted((tmp_path / "adversarial_sets").iterdir())
@@ -190,7 +195,7 @@ def test_every_defence_meets_the_same_surrogates() -> None:
     ],
 )
 def test_what_cannot_be_crafted_is_refused_before_training(tmp_path: Path, call: str, told: str) -> None:
-    result = CliRunner().invoke(main, ["bench", "--method", "nat", "--attack", call, "--results", str(tmp_path)])
+    result = CliRunner().invoke(cli, ["bench", "--method", "nat", "--attack", call, "--results", str(tmp_path)])
     assert result.exit_code == 2
     assert told in result.output
     assert not (tmp_path / "checkpoints").exists()
@@ -200,7 +205,7 @@ def test_what_cannot_be_crafted_is_refused_before_training(tmp_path: Path, call:
 def test_the_command_trains_the_surrogate_crafts_and_offers(tmp_path: Path) -> None:
     call = "transfer[attacks=mim,steps=5,members=2]"
     arguments = ["bench", "--method", "nat,adv", "--attack", call, "--epochs", "1", "--limit", "200", "--samples", "40"]
-    result = CliRunner().invoke(main, [*arguments, "--results", str(tmp_path)])
+    result = CliRunner().invoke(cli, [*arguments, "--results", str(tmp_path)])
     assert result.exit_code == 0, result.output
     assert len(list((tmp_path / "checkpoints").iterdir())) == 3
     assert len(list((tmp_path / "adversarial_sets").glob("*.json"))) == 1, "both defences meet the same images"
@@ -208,7 +213,7 @@ def test_the_command_trains_the_surrogate_crafts_and_offers(tmp_path: Path) -> N
     (surrogate,) = [path for path in (tmp_path / "checkpoints").iterdir() if trained_from(path) == 10_000]
     weights = read_weights(surrogate / "weights.safetensors")
     write_bytes(surrogate / "weights.safetensors", packed({name: 0.9 * value for name, value in weights.items()}))
-    again = CliRunner().invoke(main, [*arguments, "--seed", "1", "--results", str(tmp_path)])
+    again = CliRunner().invoke(cli, [*arguments, "--seed", "1", "--results", str(tmp_path)])
     assert again.exit_code == 2
     assert "but the surrogate now has" in again.output
 

@@ -77,7 +77,7 @@ class Masked(nn.Module):
 
 @cache
 def trained_network() -> tuple[nn.Module, Tensor, Tensor]:
-    """A convolutional network that learnt digits, with noise so that it is not hopeless, and 150 images it never saw."""
+    """A convolutional network that learnt digits under noise, and 150 images it never saw."""
     digits = load_digits()
     x = torch.tensor(digits.images / 16, dtype=torch.float32)[:, None]
     y = torch.tensor(digits.target)

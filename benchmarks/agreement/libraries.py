@@ -30,7 +30,7 @@ def main() -> None:
     parser.add_argument("--eps", default="0.2")
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--restarts", type=int, default=5)
-    parser.add_argument("--autoattack", action="store_true", help="also run AutoAttack standard (minutes)")
+    parser.add_argument("--autoattack", action="store_true", help="also AutoAttack standard and adaptive (minutes)")
     options = parser.parse_args()
 
     model = ensdef.load_checkpoint(options.checkpoint)
@@ -50,7 +50,10 @@ def main() -> None:
     rows.append(("torchattacks PGD", accuracy(model, torchattacks_pgd(model, x, y, eps, size, steps, restarts), y)))
     rows.append(("foolbox LinfPGD", accuracy(model, foolbox_pgd(model, x, y, eps, size, steps, restarts), y)))
     if options.autoattack:
-        rows.append(("AutoAttack standard", accuracy(model, [autoattack(model, x, y, eps)], y)))
+        rows.append(("official AutoAttack standard", accuracy(model, [autoattack(model, x, y, eps)], y)))
+        for call in ("autoattack", "adaptive"):
+            record = ensdef.evaluate(model, x, y, attack=call, eps=options.eps)
+            rows.append((f"ensdef {call}", record.robust_accuracy))
     ours = rows[0][1]
     print(tabulate([(name, f"{robust:.2%}", f"{100 * (robust - ours):+.1f}") for name, robust in rows],
                    headers=["attack", "robust", "points against ours, last"], tablefmt="github"))  # fmt: skip

@@ -2,8 +2,8 @@
 
     python benchmarks/diagnostics/gate.py results/published/checkpoints/more-* --norm l2 --eps 1
 
-One line an expert, on the 500 test digits as PGD-50 on the whole mixture leaves them: accuracy of the expert alone there,
-its mean weight, its mean weight on the images it gets right; and its accuracy against PGD-50 on itself.
+One line an expert, on the 500 test digits as PGD-50 on the whole mixture leaves them: accuracy of the expert alone
+there, its mean weight, its mean weight on the images it gets right; and its accuracy against PGD-50 on itself.
 """
 
 from __future__ import annotations

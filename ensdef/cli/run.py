@@ -82,7 +82,7 @@ _RUN_OPTIONS = [
     click.option(
         "--health",
         type=click.Choice(["basic", "full", "off"]),
-        help="Whether gradients lie: basic adds at most a tenth of the attack's passes, full runs further small attacks; "
+        help="Whether gradients lie: basic adds at most a tenth of the attack's passes, full runs small attacks; "
         "records of a lower tier are made anew only when this is given [default: basic].",
     ),
     click.option("--json", "as_json", is_flag=True, help="Records as a JSON array on stdout, all else on stderr."),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -178,7 +178,7 @@ def _suspects(
     constant = [index for index, output in outputs.items() if float((output - output[:1]).detach().abs().max()) == 0]
     detached, idle = [], list(constant)
     for index in [index for index in silent if index not in constant][:SUSPECTS]:
-        member = case.judge.module.members[index]
+        member: nn.Module = cast(EnsembleDefense, case.judge.module).members[index]
         handle = member.register_forward_hook(_moved_on)
         try:
             changed = difference(case.answer(case.x[few].clone()), scores) > SAME

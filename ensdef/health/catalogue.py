@@ -242,7 +242,7 @@ _FLAGS = [
         "masking",
         "full",
         0.005,
-        "one step of the whole radius fools at least 0.5 % of the images that 20 steps do not, and more than conversely",
+        "one step of the whole radius fools 0.5 points more images than 20 steps do, image by image",
         "one gradient step fools images that many steps do not",
         "the loss surface is rough: attack with scores alone, or with an average over nearby gradients",
         _ATHALYE,

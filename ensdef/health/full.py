@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -158,16 +159,16 @@ def blind_search(trial: Trial, rng: torch.Generator) -> Iterator[Finding]:
 
 def convergence(trial: Trial, rng: torch.Generator) -> list[Finding]:
     """Steps, restarts and step sizes; sets the reference."""
-    found = []
+    found: list[Finding] = []
     falls = trial.steps_to_fall(steps=4 * STEPS)
     trial.base = falls <= STEPS
     twice, fourfold = falls <= 2 * STEPS, falls <= 4 * STEPS
     trial.union |= fourfold
-    steps = [
+    steps: list[list[Finding]] = [
         trial.beats("step_convergence", more, fewer, f"{count} steps instead of {count // 2}")
         for count, more, fewer in ((2 * STEPS, twice, trial.base), (4 * STEPS, fourfold, twice))
     ]
-    found += max(steps, key=lambda flags: flags[0]["value"] if flags else 0.0)
+    found += sorted(steps, key=_value)[-1]
     reached = [trial.base]
     for _ in range(RESTARTS - 1):
         start = trial.threat.random_start(trial.x, BatchRandom(rng, trial.n))
@@ -204,7 +205,7 @@ def radii(trial: Trial) -> list[Finding]:
     """The same attack at growing radii: a larger ball contains the smaller one."""
     worst: list[Finding] = []
     fallen = {scale: trial.fooled(scale=scale) for scale in RADII}
-    for small, large in zip(RADII, RADII[1:], strict=False):
+    for small, large in pairwise(RADII):
         back, more = int((fallen[small] & ~fallen[large]).sum()), int((fallen[large] & ~fallen[small]).sum())
         rises = (back - more) / trial.n > FLAGS["distortion_helps"].threshold and better(back, more)
         if rises or exceeds(back, trial.n, 0.05):

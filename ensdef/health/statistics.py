@@ -27,7 +27,7 @@ def sign_test(wins: int, losses: int) -> float:
     """
     n, least = wins + losses, min(wins, losses)
     tail = sum(math.comb(n, k) for k in range(least + 1))
-    return min(1.0, 2 * tail / 2**n)
+    return min(1.0, float(2 * tail / 2**n))
 
 
 def better(wins: int, losses: int) -> bool:
