@@ -89,7 +89,9 @@ class GradientAttack(IterativeAttack):
         if self.params.targeted:
             state["target"] = self.aim(target, x, y, rng.run // self.params.restarts)
         if self.params.random_start:
-            state["x_adv"] = threat.random_start(x, rng)
+            # one start for all targets of a restart: the order of the classes must not matter
+            same = rng.at(run=rng.run % self.params.restarts) if self.params.targeted else rng
+            state["x_adv"] = threat.random_start(x, same)
         return state
 
     def aim(self, target: Target, x: Tensor, y: Tensor, turn: Tensor) -> Tensor:

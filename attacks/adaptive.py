@@ -22,6 +22,7 @@ from ensdef.attack import Attack, CompositeAttack, IterativeAttack, State, regis
 from ensdef.combine import log_probs
 from ensdef.errors import UsageError
 from ensdef.losses import cross_entropy, margin, targeted_margin
+from ensdef.notation import at_least
 from ensdef.rng import KeyedRandom
 from ensdef.target import Target, Traits
 from ensdef.threat import Threat
@@ -42,9 +43,14 @@ class AdaptiveParams:
     Args:
         budget: ``quick``: at most the passes of AutoAttack; ``full``: more steps, restarts and weights, then AutoAttack
             itself on what is left.
+        steps: gradient steps of a part; targeted parts of the decision take twice, ``full`` takes four times as many.
     """
 
     budget: Literal["quick", "full"] = "quick"
+    steps: int = 20
+
+    def __post_init__(self) -> None:
+        at_least("", steps=(self.steps, 1))
 
 
 @register_attack("adaptive")
@@ -59,7 +65,7 @@ class Adaptive(CompositeAttack):
 
     def parts(self, traits: Traits) -> Sequence[tuple[str, Attack]]:
         effort = 1 if self.params.budget == "quick" else 4
-        found = list(_parts(traits, effort))
+        found = list(_parts(traits, effort, self.params.steps))
         if self.params.budget == "full":
             last = AutoAttack()
             last.warnings = self.warnings
@@ -121,27 +127,27 @@ class Part(IterativeAttack):
         return x_adv.detach() + size.view(-1, *[1] * (x_adv.dim() - 1)) * threat.ascent(gradient), state
 
 
-def _parts(traits: Traits, effort: int) -> Iterator[tuple[str, Attack]]:
+def _parts(traits: Traits, effort: int, steps: int) -> Iterator[tuple[str, Attack]]:
     targets = min(TARGETS, traits.num_classes - 1)
 
-    def part(value: Value, steps: int, targeted: bool = False) -> Part:
-        return Part(PartParams(steps * effort, 1 if targeted else effort, targets if targeted else 0), value)
+    def part(value: Value, targeted: bool = False, longer: int = 1) -> Part:
+        return Part(PartParams(steps * effort * longer, 1 if targeted else effort, targets if targeted else 0), value)
 
     # the decision, every other view of it, and each member alone
     for view in sorted(traits.differentiable, key=lambda name: name != "predict"):
         if view == "predict" and traits.random:
-            yield "predict, mean of draws", part(_expected, 20)
+            yield "predict, mean of draws", part(_expected)
         if view == "predict":
-            yield "predict, cross-entropy", part(_of_view(view, cross_entropy), 20)
-        yield f"{view}, margin", part(_of_view(view, margin), 20)
+            yield "predict, cross-entropy", part(_of_view(view, cross_entropy))
+        yield f"{view}, margin", part(_of_view(view, margin))
         if view == "predict":
-            yield "predict, targeted", part(_of_view(view, None), 40, targeted=True)
+            yield "predict, targeted", part(_of_view(view, None), targeted=True, longer=2)
     if traits.members < 2:
         return
     for name, objective in _suite(traits, effort):
-        yield name, part(_of_members(objective, traits.selects), 20)
+        yield name, part(_of_members(objective, traits.selects))
     for name, objective in _targeted_suite(traits):
-        yield name, part(_of_members(objective, traits.selects), 20, targeted=True)
+        yield name, part(_of_members(objective, traits.selects), targeted=True)
 
 
 def _suite(traits: Traits, effort: int) -> Iterator[tuple[str, Objective]]:

@@ -67,10 +67,8 @@ class DeepFool(IterativeAttack):
         fooled = scores.argmax(dim=1) != y
         aims = self._aims(scores.detach(), y, state["aims"], rng.step == 1)
         kept = min(aims.shape[1], scores.shape[1] - 1)  # the rest are places for classes that do not exist
-        if bool(fooled.all()):
-            displacement = torch.zeros_like(x_adv)
-        else:
-            displacement = _nearest_boundary(scores, point, y, aims[:, :kept], threat)
+        # also of rows that have crossed: what an image costs must not depend on the others of its batch
+        displacement = _nearest_boundary(scores, point, y, aims[:, :kept], threat)
         unfooled = ~fooled.view(-1, *[1] * (x_adv.dim() - 1))
         total = torch.where(unfooled, state["total"] + displacement, state["total"])
         moved = (state["clean"] + (1 + self.params.overshoot) * total).clamp(0, 1)

@@ -144,7 +144,7 @@ class Transfer(CompositeAttack):
             weights = weights_hash(surrogate)
             made_from = {
                 "surrogate": variant.role,
-                "trained as": surrogate.training_key or weights,
+                "trained as": getattr(surrogate, "training_key", None) or weights,
                 "attack": crafting.identity(),
                 "images": content_key([ids.tolist(), _checksum(x), y.tolist()]),
             }

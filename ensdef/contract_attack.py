@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterable
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -10,19 +12,23 @@ from torch import Tensor, nn
 from ensdef.architecture import ImageSpec
 from ensdef.architectures._residual import ResidualNetwork
 from ensdef.attack_spec import AttackSpec
+from ensdef.defense import EnsembleDefense
 from ensdef.errors import UsageError
 from ensdef.harness import BALL_SLACK, Outcome, attack_model
-from ensdef.registry import ATTACKS
+from ensdef.registry import ATTACKS, METHODS
+from ensdef.specs import DataSpec, Setting, TrainSpec
 from ensdef.target import Target
 from ensdef.testing import LinearClassifier, expect, is_frozen
 
 CLASSES, SHAPE = 4, (1, 8, 8)
+#: What clauses are checked with, where the attack's own budget is larger.
+BUDGETS = {"steps": 20, "queries": 150, "samples": 32}
 
 
 def toy(name: str, count: int = 24, seed: int = 0) -> tuple[nn.Module, Tensor, Tensor]:
     """A linear model, images inside the box, and labels of which five in six are its own decisions.
 
-    An attack that refuses the linear model is given a small residual network.
+    An attack that refuses the linear model, or crafts on other models, is given a small residual network.
     """
     generator = torch.Generator().manual_seed(seed)
     model: nn.Module = LinearClassifier(torch.randn(CLASSES, 64, generator=generator))
@@ -30,6 +36,8 @@ def toy(name: str, count: int = 24, seed: int = 0) -> tuple[nn.Module, Tensor, T
     try:
         ATTACKS.get(name)().fits(Target(model).traits(x[:1]))
     except UsageError:
+        model = _residual(x)
+    if ATTACKS.get(name).access == "transfer":
         model = _residual(x)
     with torch.no_grad():
         y = model(x).argmax(dim=1)
@@ -52,8 +60,25 @@ def run(name: str, eps: float, *, batch_size: int = 128, order: Tensor | None = 
     model, x, y = toy(name)
     order = torch.arange(len(x)) if order is None else order
     norm = (*ATTACKS.get(name).norms, "linf")[0]
-    spec = AttackSpec.create(name, {}, norm, eps, seed=seed)
-    return attack_model(model, x[order], y[order], spec, ids=order, batch_size=batch_size)
+    spec = AttackSpec.create(name, _shortened(name), norm, eps, seed=seed)
+    surrogates = {role: cast(EnsembleDefense, model) for role in _surrogates(name, spec.params_object)}
+    return attack_model(
+        model, x[order], y[order], spec, ids=order, batch_size=batch_size, prerequisites=surrogates, health="off"
+    )
+
+
+def _shortened(name: str) -> dict[str, Any]:
+    """Smaller budgets than the attack's own: clauses hold at any."""
+    params = ATTACKS.get(name).Params()
+    return {field: most for field, most in BUDGETS.items() if getattr(params, field, 0) > most}
+
+
+def _surrogates(name: str, params: Any) -> Iterable[str]:
+    """Roles of the trained defences that the attack asks for; here the toy itself plays them."""
+    data = DataSpec("digits", None, None, None, "", "", SHAPE, CLASSES, (0.5,), (0.25,))
+    training = TrainSpec.create(METHODS.names()[0], {}, Setting(data, "small_resnet", 2, "linf", "0.1"))
+    roles: Iterable[str] = ATTACKS.get(name).prerequisites(params, training)
+    return roles
 
 
 def check_params_are_frozen(name: str) -> None:

@@ -23,13 +23,17 @@ from ensdef.threat import Threat
 
 #: (attack, test) -> why that attack need not pass it. Everything else follows from the class's own traits.
 EXEMPT: dict[tuple[str, str], str] = {
-    ("mul_pgd", "no_steps"): "its last run begins with other noise than its first",
     ("m_fgsm", "different_seeds"): "it draws in its steps, not at the start",
     ("deepfool", "more_steps"): "one step suffices on a linear model",
     ("bb", "breaks_some_images_of_the_toy"): "four steps along the boundary do not lead near the image",
 }
 #: Attacks that these toys cannot be attacked with, and which file tests them.
-ELSEWHERE = {"sgm": "needs residual branches: test_gradient_attacks.py"}
+ELSEWHERE = {
+    "sgm": "needs residual branches: test_gradient_attacks.py",
+    **dict.fromkeys(("transfer", "transfer3", "transfer30"), "crafts on other models: test_transfer.py"),
+}
+#: Budgets in the place of the attack's own.
+BUDGETS = {"steps": 4, "queries": 150, "samples": 32}
 #: Names of the tests that go through the list of attacks.
 TESTS: set[str] = set()
 
@@ -145,7 +149,7 @@ def attacked(
     model = linear() if model is None else model
     x = images() if x is None else x
     y = labels(model, x) if y is None else y
-    chosen = {"success": success, **({"steps": 4} if has(name, "steps") else {}), **params}
+    chosen = {"success": success, **{key: value for key, value in BUDGETS.items() if has(name, key)}, **params}
     spec = AttackSpec.create(name, chosen, norm, EPS[norm] if eps is None else eps, seed=seed)
     return attack_model(model, x, y, spec, ids=ids, batch_size=batch_size)
 

@@ -153,6 +153,7 @@ def test_the_attack_is_described_with_all_its_parameters() -> None:
         "restarts": 2,
         "random_start": True,
         "loss": "ce",
+        "targets": 0,
         "decay": 0.0,
         "view": "predict",
     }
@@ -384,7 +385,7 @@ def test_labels_the_model_has_no_score_for_are_refused(label: int) -> None:
         ({"steps": -1}, "steps is -1; expected at least 0"),
         ({"restarts": 0}, "restarts is 0; expected at least 1"),
         ({"step_size": "eps*2"}, "step_size"),
-        ({"loss": "dlr"}, "expected one of ce, margin, targeted, targeted_margin"),
+        ({"loss": "hinge"}, "expected one of ce, margin, dlr, targeted, targeted_margin, targeted_dlr"),
         ({"success": "sometimes"}, "any, last"),
         ({"search": "fp16"}, "fp32, bf16"),
         ({"combiner": "median"}, "unknown combiner 'median'; expected native, avg, max, vote"),

@@ -84,7 +84,7 @@ class Plugin(Sound):
 def _registries_as_found(monkeypatch: pytest.MonkeyPatch) -> None:
     """What a test registers is forgotten after it; the built-in ones stay."""
     for registry in (METHODS, ATTACKS):
-        for name in registry._files:
+        for name in registry.names():
             registry.get(name)
         monkeypatch.setattr(registry, "_registered", dict(registry._registered))
 
