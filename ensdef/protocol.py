@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import tomllib
 import typing
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib.resources import files
 from pathlib import Path
@@ -122,9 +122,26 @@ def parse_protocol(content: Mapping[str, Any], name: str) -> Protocol:
     return Protocol(name=name, attacks=tuple(columns), **content)
 
 
-def without(recipes: Mapping[str, Mapping[str, Any]], keys: Collection[str]) -> dict[str, Mapping[str, Any]]:
-    """Named recipes without some of their settings."""
-    return {name: {k: v for k, v in recipe.items() if k not in keys} for name, recipe in recipes.items()}
+def layered(*recipes: Mapping[str, Any]) -> dict[str, Any]:
+    """Recipe settings of which later ones win, those of the inner attack one by one."""
+    joined: dict[str, Any] = {}
+    for recipe in recipes:
+        attacks = joined.get("attack"), recipe.get("attack")
+        joined |= recipe
+        if all(isinstance(attack, Mapping) for attack in attacks):
+            joined["attack"] = {**attacks[0], **attacks[1]}  # type: ignore[dict-item]
+    return joined
+
+
+def without(recipes: Mapping[str, Mapping[str, Any]], given: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Named recipes without the settings that are given elsewhere, those of the inner attack one by one."""
+    left = {}
+    for name, recipe in recipes.items():
+        left[name] = {key: value for key, value in recipe.items() if key not in given}
+        attacks = recipe.get("attack"), given.get("attack")
+        if all(isinstance(attack, Mapping) for attack in attacks):
+            left[name]["attack"] = {k: v for k, v in attacks[0].items() if k not in attacks[1]}  # type: ignore
+    return left
 
 
 def _check_types(content: dict[str, Any], owner: str) -> None:
@@ -196,11 +213,11 @@ def plan(protocol: Protocol) -> tuple[list[Cell], Data]:
     data, data_spec = find_data(protocol.dataset, protocol.data_dir, protocol.image_size, protocol.limit)
     test, _ = attacked_subset(data, protocol.samples)
     checksum = test.checksum()
-    recipe = {**protocol.recipe, **protocol.recipes.get(protocol.dataset, {})}
+    recipe = layered(protocol.recipe, protocol.recipes.get(protocol.dataset, {}))
     method_recipes = protocol.method_recipes
     if protocol.epochs is not None:
         recipe["epochs"] = protocol.epochs
-        method_recipes = without(method_recipes, ["epochs"])
+        method_recipes = without(method_recipes, {"epochs": protocol.epochs})
     cells: dict[str, Cell] = {}
     for name, hyper in methods:
         for seed in protocol.seeds:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ensdef.errors import UsageError, suggest
+from ensdef.footnotes import Footnotes
 from ensdef.metrics import binomial_stderr
 from ensdef.records import Record, with_outcomes, write_text
 
@@ -125,13 +126,19 @@ def csv(records: Sequence[Record], results: Path) -> str:
     """The records as CSV, one a row."""
     import pandas as pd
 
-    frame = pd.DataFrame([row(record, results) for record in records], columns=list(COLUMNS))
+    rows = [{name: _one_line(value) for name, value in row(record, results).items()} for record in records]
+    frame = pd.DataFrame(rows, columns=list(COLUMNS))
     return str(frame.to_csv(index=False, lineterminator="\n"))
+
+
+def _one_line(value: Any) -> Any:
+    """A carriage return would end a row: the writer quotes line feeds alone."""
+    return value.replace("\r", " ") if isinstance(value, str) else value
 
 
 def markdown(records: Sequence[Record], results: Path, title: str = "") -> str:
     """The records as a Markdown table in percent, footnotes for flags and failures below."""
-    notes: list[str] = []
+    notes = Footnotes(records)
     text = f"# {title}\n\n" if title else ""
     worst = {id(record): _worst_case(met) for met in _met_together(records) for record in met}
     text += _grid(records, results, notes, worst)
@@ -140,7 +147,7 @@ def markdown(records: Sequence[Record], results: Path, title: str = "") -> str:
         text += " (at this radius)" if any(record.norm for record in worst.values()) else ""
         text += ", image by image."
     text += "\n\nAccuracy in percent ± binomial standard error over n test images."
-    text += "".join(f"\n\n[{index}] {note}" for index, note in enumerate(notes, start=1))
+    text += "".join(f"\n\n[{index}] {note}" for index, note in enumerate(notes.texts, start=1))
     departures = {(record.method, why): None for record in records for why in record.training.get("deviations", ())}
     if departures:
         text += "\n\nWhere methods depart from their papers or released code:\n"
@@ -148,17 +155,12 @@ def markdown(records: Sequence[Record], results: Path, title: str = "") -> str:
     return text + "\n"
 
 
-def _grid(records: Sequence[Record], results: Path, notes: list[str], worst: Mapping[int, Record]) -> str:
-    """The table itself; new footnotes are added to ``notes``. ``worst`` has worst cases by the id() of a record."""
+def _grid(records: Sequence[Record], results: Path, notes: Footnotes, worst: Mapping[int, Record]) -> str:
+    """The table itself. ``worst`` has worst cases by the id() of a record."""
     from tabulate import tabulate
 
     rows = []
     for record in records:
-        marks = ""
-        for note in [flag_note(flag) for flag in record.flags] + ([f"failed: {record.error}"] if record.error else []):
-            if note not in notes:
-                notes.append(note)
-            marks += f" [{notes.index(note) + 1}]"
         rows.append(
             {
                 "method": record.label,
@@ -169,7 +171,7 @@ def _grid(records: Sequence[Record], results: Path, notes: list[str], worst: Map
                 "norm": record.norm or "-",
                 "eps": record.eps or "-",
                 "clean %": percent(record.clean_accuracy, record.n),
-                "robust %": percent(record.robust_accuracy, record.n) + marks,
+                "robust %": percent(record.robust_accuracy, record.n) + notes.marks(record),
                 **({"worst %": _worst_percent(worst.get(id(record)))} if worst else {}),
                 "n": record.n,
                 "time s": f"{record.seconds:.1f}",
@@ -181,11 +183,6 @@ def _grid(records: Sequence[Record], results: Path, notes: list[str], worst: Map
 
 def _worst_percent(worst: Record | None) -> str:
     return "-" if worst is None else percent(worst.robust_accuracy, worst.n)
-
-
-def flag_note(flag: dict[str, Any]) -> str:
-    """A health finding as a footnote."""
-    return f"{flag['flag']} ({flag['severity']}, {flag['value']:.4f}): {flag['meaning']}"
 
 
 def percent(accuracy: float | None, n: int) -> str:

@@ -19,13 +19,13 @@ from ensdef.checkpoints import packed
 from ensdef.data import Data, Split
 from ensdef.defense import Batch, EnsembleDefense, Terms
 from ensdef.errors import PluginError, TrainingDiverged
+from ensdef.footnotes import flag_note
 from ensdef.losses import cross_entropy
 from ensdef.progress import Progress
 from ensdef.recipe import Recipe, parse_train_eps
 from ensdef.registry import METHODS
 from ensdef.rng import derived_generator
 from ensdef.specs import TrainSpec
-from ensdef.tables import flag_note
 from ensdef.threat import Threat
 
 #: Share of the training images held out where the recipe keeps the best epoch.

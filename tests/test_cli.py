@@ -57,7 +57,7 @@ class Throwaway(ensdef.EnsembleDefense):
 def _registries_as_found(monkeypatch: pytest.MonkeyPatch) -> None:
     """What a test registers is forgotten after it."""
     for registry in (METHODS, ATTACKS):
-        for name in registry._files:
+        for name in registry.names():
             registry.get(name)
         monkeypatch.setattr(registry, "_registered", dict(registry._registered))
 
@@ -860,6 +860,17 @@ def test_list_includes_a_plugin(tmp_path: Path) -> None:
     assert "A. Author; nowhere, 2020" in out
 
 
+def test_list_attacks_tells_what_each_sees_its_norms_and_its_source() -> None:
+    lines = done("list", "attacks").stdout.splitlines()
+    told = {line.split()[0]: (line, lines[index + 1]) for index, line in enumerate(lines) if line[0] != " "}
+    assert set(ATTACKS.names()) <= set(told)
+    for name in ATTACKS.names():
+        attack = ATTACKS.get(name)
+        assert f"[{attack.access}; {', '.join(attack.norms) or 'no budget'}]" in told[name][0]
+        assert told[name][1].strip().startswith("[")
+        assert len(told[name][1].strip()) > 40, "the paper"
+
+
 def test_list_refuses_another_kind_and_tells_those_there_are() -> None:
     result = ens("list", "nothing")
     assert result.exit_code == 2
@@ -872,7 +883,6 @@ def test_list_refuses_another_kind_and_tells_those_there_are() -> None:
         ["--help"],
         ["bench", "--help"],
         ["list", "methods"],
-        ["list", "attacks"],
         ["list", "protocols"],
         ["table", "--all"],
         ["table", "--all", "--check", "--results", "shown"],

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 from ensdef.cli.run import _overlay
 from ensdef.errors import UsageError
+from ensdef.health.catalogue import finding
 from ensdef.metrics import binomial_stderr, fraction_of
 from ensdef.protocol import (
     AttackColumn,
@@ -737,3 +738,18 @@ def test_the_worst_case_is_a_column_of_the_table_and_has_a_file_of_its_own(tmp_p
 
 def test_a_table_of_one_attack_has_no_worst_case(tmp_path: Path) -> None:
     assert "worst" not in markdown([attacked("pgd", (1, 1, 0, 0))], tmp_path)
+
+
+def uncertain(value: float) -> dict[str, Any]:
+    return finding("uncertain", value, f"{value:.3f} wide")
+
+
+def test_flags_that_differ_in_their_details_share_a_footnote_with_the_range_of_values() -> None:
+    text = markdown([record(flags=[uncertain(0.3)]), record(), record(flags=[uncertain(0.2)])], Path("results"))
+    assert text.count("[1]") == 3
+    assert "\n[1] uncertain (info, 0.2000 to 0.3000): " in text
+    assert "wide; details in the records" in text
+
+
+def test_one_flag_alone_tells_its_details() -> None:
+    assert "0.300 wide" in markdown([record(flags=[uncertain(0.3)]), record()], Path("results"))

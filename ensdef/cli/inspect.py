@@ -34,8 +34,20 @@ def list_(kind: str, plugin: tuple[str, ...], cost: bool) -> None:
             click.echo(f"{name:16} {load_protocol(name).title}")
         return
     for listing in _KINDS[kind].listings():
-        click.echo(f"{listing.name:16} {listing.summary}")
+        traits = _attack_traits(listing.name) if kind == "attacks" else ""
+        click.echo(f"{listing.name:16} {traits}{listing.summary}")
         click.echo(f"{'':16} [{listing.origin}] {listing.citation}".rstrip())
+
+
+def _attack_traits(name: str) -> str:
+    """``[gradient; linf, l2] ``: what it sees, and its norms; nothing for a file that cannot be imported."""
+    if name.endswith(".*"):
+        return ""
+    try:
+        attack = ATTACKS.get(name)
+    except UsageError:
+        return ""
+    return f"[{attack.access}; {', '.join(attack.norms) or 'no budget'}] "
 
 
 def _costs() -> None:

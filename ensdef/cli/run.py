@@ -15,7 +15,7 @@ import click
 from ensdef.cli import cli
 from ensdef.errors import UsageError
 from ensdef.notation import fraction, split_list
-from ensdef.protocol import Protocol, load_protocol, plan, with_attacks, with_methods, without
+from ensdef.protocol import Protocol, layered, load_protocol, plan, with_attacks, with_methods, without
 
 if TYPE_CHECKING:
     from ensdef.health.catalogue import Tier
@@ -151,7 +151,7 @@ def bench(
     if config:
         protocol = dataclasses.replace(
             protocol,
-            recipe={**protocol.recipe, **config},
+            recipe=layered(protocol.recipe, config),
             recipes=without(protocol.recipes, config),
             method_recipes=without(protocol.method_recipes, config),
         )

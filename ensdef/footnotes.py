@@ -1,0 +1,57 @@
+"""What stands below a table: flags and failures of its records. No torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from ensdef.health.catalogue import FLAGS
+from ensdef.records import Record
+
+
+class Footnotes:
+    """Flags and failures of a table's records, numbered in the order of the records; each kind of flag once."""
+
+    def __init__(self, records: Sequence[Record]) -> None:
+        kinds: dict[tuple[str, ...], list[dict[str, Any]]] = {}
+        for record in records:
+            for flag in record.flags:
+                kinds.setdefault(_kind(flag), []).append(flag)
+        self._told = {kind: _told_together(flags) for kind, flags in kinds.items()}
+        self.texts: list[str] = []
+        for record in records:
+            for text in self._of(record):
+                if text not in self.texts:
+                    self.texts.append(text)
+
+    def marks(self, record: Record) -> str:
+        """`` [1] [3]``, or nothing."""
+        return "".join(f" [{self.texts.index(text) + 1}]" for text in dict.fromkeys(self._of(record)))
+
+    def _of(self, record: Record) -> list[str]:
+        failure = [f"failed: {record.error}"] if record.error else []
+        return [self._told[_kind(flag)] for flag in record.flags] + failure
+
+
+def _kind(flag: Mapping[str, Any]) -> tuple[str, ...]:
+    """What is told in one footnote: the same flag, whatever its details."""
+    known = FLAGS.get(flag["flag"])
+    general = known is not None and flag["meaning"].startswith(known.meaning)
+    return (flag["flag"], flag["severity"], "" if general else flag["meaning"])
+
+
+def _told_together(flags: Sequence[dict[str, Any]]) -> str:
+    notes = list(dict.fromkeys(map(flag_note, flags)))
+    if len(notes) == 1 or flags[0]["flag"] not in FLAGS:
+        return "; ".join(notes)
+    values = sorted(flag["value"] for flag in flags)
+    first = flags[0]
+    return (
+        f"{first['flag']} ({first['severity']}, {values[0]:.4f} to {values[-1]:.4f}): {FLAGS[first['flag']].meaning}; "
+        "details in the records"
+    )
+
+
+def flag_note(flag: dict[str, Any]) -> str:
+    """A health finding as a footnote."""
+    return f"{flag['flag']} ({flag['severity']}, {flag['value']:.4f}): {flag['meaning']}"
