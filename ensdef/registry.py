@@ -123,6 +123,17 @@ class Registry(Generic[T]):
             )
         return self._registered[name]
 
+    def at_hand(self, name: str) -> T | None:
+        """The plug-in if it is built in or registered already; None for one of another distribution, or a broken file:
+        looking at a list must not run other people's code.
+        """
+        if name not in self._registered and name not in self._files:
+            return None
+        try:
+            return self.get(name)
+        except UsageError:
+            return None
+
     def names(self) -> list[str]:
         """Every known name but those of families, sorted, without importing any plug-in."""
         return [name for name in self._all() if not name.endswith(_FAMILY)]

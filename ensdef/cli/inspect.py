@@ -40,14 +40,9 @@ def list_(kind: str, plugin: tuple[str, ...], cost: bool) -> None:
 
 
 def _attack_traits(name: str) -> str:
-    """``[gradient; linf, l2] ``: what it sees, and its norms; nothing for a file that cannot be imported."""
-    if name.endswith(".*"):
-        return ""
-    try:
-        attack = ATTACKS.get(name)
-    except UsageError:
-        return ""
-    return f"[{attack.access}; {', '.join(attack.norms) or 'no budget'}] "
+    """``[gradient; linf, l2] ``: what it sees, and its norms; nothing for those that listing may not import."""
+    attack = None if name.endswith(".*") else ATTACKS.at_hand(name)
+    return f"[{attack.access}; {', '.join(attack.norms) or 'no budget'}] " if attack else ""
 
 
 def _costs() -> None:
