@@ -47,11 +47,15 @@ def _told_together(flags: Sequence[dict[str, Any]]) -> str:
     values = sorted(flag["value"] for flag in flags)
     first = flags[0]
     return (
-        f"{first['flag']} ({first['severity']}, {values[0]:.4f} to {values[-1]:.4f}): {FLAGS[first['flag']].meaning}; "
+        f"{first['flag']} ({first['severity']}, {_number(values[0])} to {_number(values[-1])}): {FLAGS[first['flag']].meaning}; "
         "details in the records"
     )
 
 
 def flag_note(flag: dict[str, Any]) -> str:
     """A health finding as a footnote."""
-    return f"{flag['flag']} ({flag['severity']}, {flag['value']:.4f}): {flag['meaning']}"
+    return f"{flag['flag']} ({flag['severity']}, {_number(flag['value'])}): {flag['meaning']}"
+
+
+def _number(value: float) -> str:
+    return f"{value:.4f}" if abs(value) < 1e6 else f"{value:.1e}"

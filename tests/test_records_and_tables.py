@@ -753,3 +753,8 @@ def test_flags_that_differ_in_their_details_share_a_footnote_with_the_range_of_v
 
 def test_one_flag_alone_tells_its_details() -> None:
     assert "0.300 wide" in markdown([record(flags=[uncertain(0.3)]), record()], Path("results"))
+
+
+def test_a_value_beyond_all_bounds_stays_readable_in_its_footnote() -> None:
+    text = markdown([record(flags=[finding("member_domination", 1e30)])], Path("results"))
+    assert "member_domination (info, 1.0e+30): " in text
