@@ -95,7 +95,12 @@ def hardest_first(at: Reading) -> Tensor:
 
 
 def _common_scale(at: Reading) -> Tensor:
-    """Margins in units of each member's spread of logits, (K, B): members of large scale must not drown the others."""
+    """Margins in units of each member's spread of logits, (K, B): members of large scale must not drown the others.
+
+    With two classes the spread is the margin itself, so there they stay as they are.
+    """
+    if at.logits.shape[2] == 2:
+        return at.margins
     spread = (at.logits.amax(dim=2) - at.logits.amin(dim=2)).detach()
     return at.margins / spread.clamp_min(TINY)
 
@@ -110,12 +115,13 @@ def _unfooled(margins: Tensor) -> Tensor:
 
 def cheapest_majority(at: Reading) -> Tensor:
     """The members closest to falling, as many as a majority has, chosen anew at every step."""
-    return _majority(at.margins)
+    # wrong votes may split: where a majority is won and the vote is not, the others move on
+    return _majority(at.margins) + 0.01 * at.margins.sum(dim=0)
 
 
 def cheapest_majority_for_a_class(at: Reading) -> Tensor:
     """A majority for one wrong class."""
-    return _majority(at.targeted_margins)
+    return _majority(at.targeted_margins) + 0.01 * at.targeted_margins.sum(dim=0)
 
 
 def soft_vote(temperature: float) -> Objective:
@@ -166,17 +172,20 @@ def _of_class(scores: Tensor, label: Tensor) -> Tensor:
 # -- selectors and gates --------------------------------------------------------------------------------------------
 
 
-def fool_and_select(member: int, weight: float, steer: float = 0.0) -> Objective:
+def fool_and_select(member: int, weight: float, steer: float = 0.0, gate: bool = False) -> Objective:
     """Fool one member, and pay for its not being chosen as long as it is not.
 
     Args:
         weight: of the missing log-weight against the member's margin.
         steer: share of the run spent on the choice alone.
+        gate: every member answers with its weight: being first is not enough, all weight is wanted.
     """
 
     def objective(at: Reading) -> Tensor:
         others = torch.cat([at.weights[:, :member], at.weights[:, member + 1 :]], dim=1)
         behind = (at.weights[:, member] - others.amax(dim=1)).clamp(max=0.0)
+        if gate:
+            behind = at.weights.log_softmax(dim=1)[:, member]
         # a member fooled beyond doubt need not be fooled further: what is left is to have it chosen
         fooled = margin(at.logits[member], at.y).clamp(max=1.0)
         return torch.where(at.progress < steer, behind, fooled + weight * behind)

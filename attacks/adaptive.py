@@ -41,8 +41,8 @@ class AdaptiveParams:
     """Settings of ``adaptive``.
 
     Args:
-        budget: ``quick``: at most the passes of AutoAttack; ``full``: more steps, restarts and weights, then AutoAttack
-            itself on what is left.
+        budget: ``quick``: runs of ``steps``; ``full``: more steps, restarts and weights, then AutoAttack itself on what
+            is left.
         steps: gradient steps of a part; targeted parts of the decision take twice, ``full`` takes four times as many.
     """
 
@@ -110,7 +110,7 @@ class Part(IterativeAttack):
             with torch.no_grad():
                 logits = target.member_logits(x)
                 scores = target(x) if logits is None else log_probs(logits).mean(dim=0)
-            ranked = scores.scatter(1, y[:, None], -torch.inf).argsort(dim=1, descending=True)
+            ranked = scores.scatter(1, y[:, None], -torch.inf).argsort(dim=1, descending=True, stable=True)
             state["wrong"] = ranked.gather(1, (rng.run % self.params.targets)[:, None]).squeeze(1)
         return state
 
@@ -120,6 +120,8 @@ class Part(IterativeAttack):
         progress = (rng.step - 1) / self.steps
         point = x_adv.detach().requires_grad_()
         raised = self.value(target, point, y, state["wrong"], progress)
+        if not raised.requires_grad:  # members without gradient behind a view that has one
+            return x_adv.detach(), {**state, "done": torch.ones_like(y, dtype=torch.bool)}
         gradient = torch.autograd.grad(raised.sum(), point)[0]
         gradient = torch.nan_to_num(gradient, nan=0.0, posinf=0.0, neginf=0.0)
         # from the radius down to a fiftieth of it: far first, exact in the end
@@ -144,13 +146,19 @@ def _parts(traits: Traits, effort: int, steps: int) -> Iterator[tuple[str, Attac
             yield "predict, targeted", part(_of_view(view, None), targeted=True, longer=2)
     if traits.members < 2:
         return
-    for name, objective in _suite(traits, effort):
-        yield name, part(_of_members(objective, traits.selects))
+    for name, objective in _suite(traits):
+        yield name, part(_of_members(objective))
     for name, objective in _targeted_suite(traits):
-        yield name, part(_of_members(objective, traits.selects), targeted=True)
+        yield name, part(_of_members(objective), targeted=True)
+    if traits.selects:
+        for name, objective in _choosing_suite(traits, effort):
+            yield name, part(_of_members(objective, selects=True))
+        for member in range(traits.members):
+            chosen = _of_members(objectives.sure_and_wrong(member), selects=True)
+            yield f"member{member} chosen and wrong", part(chosen, targeted=True)
 
 
-def _suite(traits: Traits, effort: int) -> Iterator[tuple[str, Objective]]:
+def _suite(traits: Traits) -> Iterator[tuple[str, Objective]]:
     """Untargeted objectives: those of every ensemble, then those of its combiner."""
     yield "members, cross-entropy", objectives.summed_cross_entropy
     yield "members, margins", objectives.summed_margins
@@ -159,20 +167,31 @@ def _suite(traits: Traits, effort: int) -> Iterator[tuple[str, Objective]]:
     yield "hardest member first", objectives.hardest_first
     if traits.combiner == "vote":
         yield "cheapest majority", objectives.cheapest_majority
-        for temperature in (1.0, 5.0):
+        for temperature in (0.2, 5.0):
             yield f"soft vote at {temperature:g}", objectives.soft_vote(temperature)
     if traits.combiner == "max":
         yield "nobody sure of the truth", objectives.nobody_sure_of_the_truth
-        for temperature in (1.0, 0.3, 0.1):
+        for temperature in (0.3, 0.1):
             yield f"smooth maximum at {temperature:g}", objectives.smooth_maximum(temperature)
     if traits.selects:
         yield "all members wrong", objectives.all_wrong
-        yield "soft choice, hardening", objectives.soft_choice(1.0, 0.01)
-        yield "soft choice at 10", objectives.soft_choice(10.0, 10.0)
-        for member in range(traits.members):
-            for weight in (1.0,) if effort == 1 else (0.1, 1.0, 10.0):
-                yield f"fool member{member}, have it chosen ({weight:g})", objectives.fool_and_select(member, weight)
-            yield f"have member{member} chosen, then fool it", objectives.fool_and_select(member, 1.0, steer=0.4)
+
+
+def _choosing_suite(traits: Traits, effort: int) -> Iterator[tuple[str, Objective]]:
+    """Untargeted objectives against selectors and gates, which look at the choice besides."""
+    gate = traits.combiner == "gate"
+    yield "soft choice, hardening", objectives.soft_choice(1.0, 0.01)
+    yield "soft choice at 10", objectives.soft_choice(10.0, 10.0)
+    for member in range(traits.members):
+        for weight in (1.0,) if effort == 1 else (0.1, 1.0, 10.0):
+            yield (
+                f"fool member{member}, have it chosen ({weight:g})",
+                objectives.fool_and_select(member, weight, gate=gate),
+            )
+        yield (
+            f"have member{member} chosen, then fool it",
+            objectives.fool_and_select(member, 1.0, steer=0.4, gate=gate),
+        )
 
 
 def _targeted_suite(traits: Traits) -> Iterator[tuple[str, Objective]]:
@@ -183,8 +202,6 @@ def _targeted_suite(traits: Traits) -> Iterator[tuple[str, Objective]]:
     for member in range(traits.members):
         if traits.combiner == "max":
             yield f"member{member} the loudest", objectives.loudest_member(member)
-        if traits.selects:
-            yield f"member{member} chosen and wrong", objectives.sure_and_wrong(member)
 
 
 def _of_view(view: str, loss: Callable[[Tensor, Tensor], Tensor] | None) -> Value:
@@ -202,7 +219,7 @@ def _expected(target: Target, x: Tensor, y: Tensor, wrong: Tensor, progress: Ten
     return torch.stack([margin(target(x), y) for _ in range(DRAWS)]).mean(dim=0)
 
 
-def _of_members(objective: Objective, selects: bool) -> Value:
+def _of_members(objective: Objective, selects: bool = False) -> Value:
     def value(target: Target, x: Tensor, y: Tensor, wrong: Tensor, progress: Tensor) -> Tensor:
         with target.sharing():
             logits = target.member_logits(x)

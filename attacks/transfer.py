@@ -7,6 +7,7 @@ images crafted on them are stored and offered to every defence alike. An image i
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -20,7 +21,7 @@ from ensdef.attack_spec import AttackSpec
 from ensdef.defense import EnsembleDefense
 from ensdef.errors import UsageError
 from ensdef.keys import content_key
-from ensdef.notation import at_least, parse_call
+from ensdef.notation import at_least, fill, parse_call
 from ensdef.progress import Progress
 from ensdef.registry import ATTACKS, METHODS
 from ensdef.rng import KeyedRandom
@@ -66,7 +67,7 @@ class TransferParams:
             METHODS.get(parse_call(call)[0])
         for call in self.attacks:
             name, params = parse_call(call)
-            if not hasattr(ATTACKS.get(name).Params(**{}), "loss"):
+            if not hasattr(fill(ATTACKS.get(name).Params, params, name), "loss"):
                 raise UsageError(f"attacks: {name} is no gradient attack with a loss to choose; use such as mim or sgm")
             if {"loss", "steps", "success"} & set(params):
                 raise UsageError(f"attacks: set losses and steps of transfer, not those of {name}")
@@ -102,6 +103,10 @@ class Transfer(CompositeAttack):
                 needed[_role(call, size)] = training.derive(name, hyper, members=size, seed=HOLD_OUT)
         return needed
 
+    @classmethod
+    def uses(cls, params: Any) -> Sequence[str]:
+        return sorted({parse_call(call)[0] for call in params.attacks})
+
     def warm_start(self, prerequisites: Mapping[str, EnsembleDefense]) -> None:
         self.surrogates = dict(prerequisites)
 
@@ -130,6 +135,8 @@ class Transfer(CompositeAttack):
                 f"no surrogate {', '.join(sorted(missing))}; the command line trains surrogates itself, "
                 "ensdef.evaluate takes them as prerequisites={role: module}"
             )
+        images = content_key([ids.tolist(), hashlib.sha256(x.detach().cpu().numpy().tobytes()).hexdigest(), y.tolist()])
+        weights = {role: weights_hash(surrogate) for role, surrogate in self._surrogates.items()}
         self.offered: dict[Variant, Tensor] = {}
         for variant in self.variants():
             surrogate = self._surrogates[variant.role]
@@ -141,19 +148,18 @@ class Transfer(CompositeAttack):
                 str(spec.eps),
                 seed=spec.seed + START * variant.start,
             )
-            weights = weights_hash(surrogate)
             made_from = {
                 "surrogate": variant.role,
-                "trained as": getattr(surrogate, "training_key", None) or weights,
+                "trained as": getattr(surrogate, "training_key", None) or weights[variant.role],
                 "attack": crafting.identity(),
-                "images": content_key([ids.tolist(), _checksum(x), y.tolist()]),
+                "images": images,
             }
 
             def make(surrogate: EnsembleDefense = surrogate, crafting: AttackSpec = crafting) -> Tensor:
                 return craft(surrogate, crafting, x, y, ids, progress=progress)
 
-            self.offered[variant] = sets.get(made_from, weights, make).to(x.device)
-        self.rows = {int(index): row for row, index in enumerate(ids)}
+            self.offered[variant] = sets.get(made_from, weights[variant.role], make).to(x.device)
+        self.rows = {index: row for row, index in enumerate(ids.tolist())}
 
     def parts(self, traits: Traits) -> Sequence[tuple[str, Attack]]:
         return [(variant.name, Offer(self.offered[variant], self.rows)) for variant in self.variants()]
@@ -175,7 +181,7 @@ class Offer(WholeAttack):
         self.rows = rows
 
     def perturb(self, target: Target, x: Tensor, y: Tensor, threat: Threat, rng: KeyedRandom) -> Tensor:
-        return self.offered[torch.tensor([self.rows[int(index)] for index in rng.ids], device=x.device)]
+        return self.offered[torch.tensor([self.rows[index] for index in rng.ids.tolist()], device=x.device)]
 
 
 @dataclass(frozen=True)
@@ -210,7 +216,3 @@ class Transfer30(Transfer):
 
 def _role(call: str, size: int) -> str:
     return f"{call} x {size}"
-
-
-def _checksum(x: Tensor) -> str:
-    return content_key(x.detach().cpu().numpy().tobytes().hex())

@@ -73,6 +73,11 @@ class Attack(ABC):
         """
         return {}
 
+    @classmethod
+    def uses(cls, params: Any) -> Sequence[str]:
+        """Names of other attacks that this one looks up: their code becomes part of its keys."""
+        return ()
+
     def warm_start(self, prerequisites: Mapping[str, EnsembleDefense]) -> None:  # noqa: B027 - a hook
         """Take the trained prerequisites, on the device of the attack, before it begins."""
 

@@ -92,4 +92,6 @@ class AttackSpec:
         """What enters a cell's key."""
         attack = ATTACKS.get(self.name)
         described = {key: value for key, value in dataclasses.asdict(self).items() if key != "written"}
-        return {**described, "code": code_hash(attack), "batch": getattr(attack, "batch_size", None)}
+        used = {name: code_hash(ATTACKS.get(name)) for name in attack.uses(self.params_object)}
+        code = {"code": code_hash(attack), **({"uses": used} if used else {})}
+        return {**described, **code, "batch": getattr(attack, "batch_size", None)}

@@ -46,8 +46,9 @@ def _told_together(flags: Sequence[dict[str, Any]]) -> str:
         return "; ".join(notes)
     values = sorted(flag["value"] for flag in flags)
     first = flags[0]
+    meaning = first["meaning"] if _kind(first)[2] else FLAGS[first["flag"]].meaning
     return (
-        f"{first['flag']} ({first['severity']}, {_number(values[0])} to {_number(values[-1])}): {FLAGS[first['flag']].meaning}; "
+        f"{first['flag']} ({first['severity']}, {_number(values[0])} to {_number(values[-1])}): {meaning}; "
         "details in the records"
     )
 

@@ -111,17 +111,17 @@ def run_cell(cell: Cell, run: Run, progress: Progress, failures: dict[str, str])
     """Train if need be, attack, write; ``failures`` remembers trainings that failed, by key."""
     store = Store(run.results)
     try:
-        if cell.training.key in failures:
-            raise RuntimeError(failures[cell.training.key])
-        try:
-            ensure_trained(cell.training, run, progress)
-            surrogates = {
-                role: load_checkpoint(ensure_trained(needed, run, progress))
-                for role, needed in cell.prerequisites.items()
-            }
-        except Exception as error:
-            failures[cell.training.key] = describe(error)
-            raise
+        for spec in (cell.training, *cell.prerequisites.values()):
+            if spec.key in failures:
+                raise RuntimeError(failures[spec.key])
+            try:
+                ensure_trained(spec, run, progress)
+            except Exception as error:
+                failures[spec.key] = describe(error)
+                raise
+        surrogates = {
+            role: load_checkpoint(checkpoint_folder(run.results, needed)) for role, needed in cell.prerequisites.items()
+        }
         folder = checkpoint_folder(run.results, cell.training)
         test, ids = attacked_subset(reload_data(cell.training.setting.data), cell.samples)
         record = evaluate_cell(

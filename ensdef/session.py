@@ -95,7 +95,7 @@ class Session:
     def _run_iterative(
         self, attack: IterativeAttack, target: Target, alive: Tensor, runs: int, advance: Advance
     ) -> None:
-        waiting = deque((int(index), 0) for index in alive)
+        waiting = deque((index, 0) for index in alive.tolist())
         active: list[Rows] = []
         aside: list[Rows] = []
         while waiting or active or aside:

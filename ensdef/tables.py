@@ -108,7 +108,7 @@ def _worst_case(met: Sequence[Record]) -> Record:
     robust = [min(images) for images in zip(*(record.outcomes["robust"] for record in met), strict=True)]
     label = " + ".join(f"{record.attack_label}{f' {record.norm}' if record.norm else ''}" for record in met)
     cost = {name: sum(getattr(record, name) for record in met) for name in ("seconds", "forwards", "backwards")}
-    one = len({(record.norm, record.eps) for record in met}) == 1
+    one = len({(record.norm, record.eps_value) for record in met}) == 1
     blank = dataclasses.replace(
         met[0],
         attack="worst_case",

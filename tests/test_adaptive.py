@@ -300,3 +300,47 @@ def test_the_record_tells_which_part_broke_how_many() -> None:
     assert sum(outcome.broken_by.values()) == len(x)
     assert outcome.broken_by["predict, cross-entropy"] == 0
     assert list(outcome.broken_by) == names(model)
+
+
+def test_members_without_gradient_behind_a_view_that_has_one_stop_nothing() -> None:
+    class Quantised(Ensemble):
+        def member_logits(self, x: Tensor) -> Tensor:
+            return super().member_logits(x.mul(4).round().div(4)).detach()
+
+        def views(self) -> Mapping[str, Callable[[Tensor], Tensor]]:
+            straight = super().member_logits
+            return {"predict": self.predict, "straight_through": lambda x: combine.mean_of_logits(straight(x))}
+
+    model = Quantised([linear(), linear(seed=1)])
+    x = images(40)
+    y = decisions(model, x)
+    outcome = attacked(model, x, y, "adaptive", 0.2, steps=5)
+    assert outcome.broken_by["straight_through, margin"] > 0
+    assert sum(outcome.broken_by.values()) == outcome.broken_by["straight_through, margin"]
+
+
+@pytest.mark.parametrize("aimed", [False, True])
+def test_a_majority_that_is_split_still_has_a_gradient(aimed: bool) -> None:
+    from ensdef.attacks import _objectives as objectives
+
+    logits = torch.tensor([[0.0, 2, 0], [0, 0, 2], [9, 0, 0]])[:, None].requires_grad_()
+    label = torch.zeros(1, dtype=torch.int64)
+    at = objectives.Reading(logits, None, label, label + 1, torch.zeros(1))
+    objective = objectives.cheapest_majority_for_a_class if aimed else objectives.cheapest_majority
+    gradient = torch.autograd.grad(objective(at).sum(), logits)[0]
+    assert bool((gradient[2, 0] != 0).any()), "the member that still says the truth"
+
+
+def test_a_gate_wants_all_the_weight_and_a_selector_only_the_most() -> None:
+    from ensdef.attacks import _objectives as objectives
+
+    logits = torch.tensor([[0.0, 5], [5, 0]])[:, None]
+    weights = torch.tensor([[0.3, 0.1]]).requires_grad_()
+    label = torch.zeros(1, dtype=torch.int64)
+    at = objectives.Reading(logits, weights, label, label + 1, torch.zeros(1))
+    slopes = [
+        torch.autograd.grad(objectives.fool_and_select(0, 1.0, gate=gate)(at).sum(), weights)[0]
+        for gate in (False, True)
+    ]
+    assert not bool(slopes[0].any()), "already chosen"
+    assert float(slopes[1][0, 0]) > 0 > float(slopes[1][0, 1])

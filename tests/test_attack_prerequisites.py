@@ -82,3 +82,23 @@ def test_another_surrogate_makes_another_cell(monkeypatch: pytest.MonkeyPatch) -
     other = classmethod(lambda cls, params, training: {"surrogate": training.derive("nat", seed=10_001)})
     monkeypatch.setattr(ATTACKS.get(NAME), "prerequisites", other)
     assert cell().key != key
+
+
+def test_a_surrogate_that_cannot_be_trained_fails_its_own_cells_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import ensdef.runner
+
+    tried: list[int] = []
+
+    def train(spec: TrainSpec, *args: Any, **options: Any) -> Any:
+        tried.append(spec.setting.seed)
+        if spec.setting.seed == 10_000:
+            raise RuntimeError("the surrogate broke")
+        return ensdef.training.train(spec, *args, **options)
+
+    monkeypatch.setattr(ensdef.runner, "train", train)
+    other = Cell(cell().training.derive("nat", seed=1), cell().attack, cell().samples, cell().subset_checksum)
+    records = run_cells([cell(), cell("fgsm"), other], Run(tmp_path))
+    assert [record.error for record in records] == ["the surrogate broke", None, "the surrogate broke"]
+    assert tried.count(10_000) == 1, "not trained again for the other defence"

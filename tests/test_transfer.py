@@ -188,6 +188,7 @@ def test_every_defence_meets_the_same_surrogates() -> None:
         ("transfer[surrogates=nobody]", "unknown method 'nobody'"),
         ("transfer[attacks=fog]", "fog is no gradient attack"),
         ("transfer[attacks=mim[steps=5]]", "set losses and steps of transfer"),
+        ("transfer[attacks=mim[stride=5]]", "mim has no parameter 'stride'"),
         ("transfer[members=0]", "members is 0"),
         ("transfer[starts=0]", "starts is 0"),
         ("transfer[steps=0]", "steps is 0"),
@@ -216,6 +217,15 @@ def test_the_command_trains_the_surrogate_crafts_and_offers(tmp_path: Path) -> N
     again = CliRunner().invoke(cli, [*arguments, "--seed", "1", "--results", str(tmp_path)])
     assert again.exit_code == 2
     assert "but the surrogate now has" in again.output
+
+
+def test_the_code_of_the_crafting_attacks_is_part_of_the_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = AttackSpec.create("transfer", {}, "linf", 0.1).identity()
+    assert set(before["uses"]) == {"mim"}
+    assert set(AttackSpec.create("transfer3", {}, "linf", 0.1).identity()["uses"]) == {"m_fgsm", "mim", "sgm"}
+    assert "uses" not in AttackSpec.create("mim", {}, "linf", 0.1).identity()
+    monkeypatch.setattr("ensdef.attack_spec.code_hash", lambda plugin: f"changed {plugin.__name__}")
+    assert AttackSpec.create("transfer", {}, "linf", 0.1).identity()["uses"] != before["uses"]
 
 
 def trained_from(checkpoint: Path) -> int:
