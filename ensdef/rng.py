@@ -8,6 +8,7 @@ The mixer is SplitMix64 (Steele, Lea and Flood 2014), evaluated with int64 tenso
 from __future__ import annotations
 
 import math
+from functools import cached_property
 from typing import Protocol
 
 import torch
@@ -52,11 +53,17 @@ class KeyedRandom:
         """The same images at another run or step, from its first draw."""
         return KeyedRandom(self.seed, self.ids, self.run if run is None else run, self.step if step is None else step)
 
+    @cached_property
+    def _stream(self) -> Tensor:
+        """What all draws of this step have in common, (B,)."""
+        key = _mix(torch.full_like(self.ids, self.seed))
+        for part in (self.ids, self.run, self.step):
+            key = _mix(key ^ part)
+        return key
+
     def bits(self, *shape: int) -> Tensor:
         """63 random bits an entry, int64, non-negative, (B, *shape)."""
-        key = _mix(torch.full_like(self.ids, self.seed))
-        for part in (self.ids, self.run, self.step, torch.full_like(self.ids, self._draws)):
-            key = _mix(key ^ part)
+        key = _mix(self._stream ^ self._draws)
         self._draws += 1
         coordinates = torch.arange(math.prod(shape), device=self.ids.device) * _GOLDEN
         drawn = _shift(_mix(key[:, None] + coordinates[None, :]), 1)
