@@ -1,7 +1,7 @@
 """Adversarial examples crafted on other ensembles: DVERGE: Diversifying Vulnerabilities for Enhanced Robust Generation
 of Ensembles (Yang et al., NeurIPS 2020, arXiv:2009.14720), as Synergy-of-Experts (NeurIPS 2022) evaluates with it.
 
-The surrogates are hold-out ensembles, trained once by the protocol's own recipe from seeds that no defence uses; the
+The surrogates are hold-out ensembles, trained once by the protocol's own recipe from seeds set aside for them; the
 images crafted on them are stored and offered to every defence alike. An image is robust only if it withstands all.
 """
 
