@@ -113,6 +113,10 @@ class SquareSearch(ProposalAttack):
         painted = window(side, *place(side, height, width, rng), height, width)
         return torch.where(painted, x + threat.eps * rng.signs(channels, 1, 1), best), state
 
+    def foresee(self, x_adv: Tensor, state: State, threat: Threat, rng: KeyedRandom) -> Tensor:
+        refused = torch.zeros_like(state["best_loss"], dtype=torch.bool)
+        return self.propose(refused, state, threat, rng)[0]
+
 
 class OfficialSquare(WholeAttack):
     """The authors' implementation, as packaged by pyautoattack; it seeds every batch anew with the attack seed."""

@@ -1,7 +1,8 @@
 """Adversarial images crafted on one model and offered to others: made once, stored with what made them.
 
-A set is ``adversarial_sets/<key>.safetensors`` beside ``<key>.json``, its manifest: surrogate, attack, radius, seed,
-images, and checksums of the surrogate's weights and of the file. What no longer agrees is refused, never used.
+A set is ``adversarial_sets/<key>.json``, its manifest: surrogate, attack, radius, seed, images, and checksums of the
+surrogate's weights and of the images' file, which is named ``<key>-<checksum>.safetensors``: of two processes that
+craft one set at once either may win, on machines that round differently too. What no longer agrees is refused.
 """
 
 from __future__ import annotations
@@ -45,20 +46,20 @@ class AdversarialSets:
         if self.folder is None:
             return make()
         name = content_key(made_from)[:16]
-        images, manifest = self.folder / f"{name}.safetensors", self.folder / f"{name}.json"
+        manifest = self.folder / f"{name}.json"
         if not manifest.is_file():
             content = save({"x_adv": make().cpu().contiguous()})
-            write_bytes(images, content)
             told = {**made_from, "weights": weights, "sha256": hashlib.sha256(content).hexdigest()}
+            write_bytes(_images(manifest, told["sha256"]), content)
             write_bytes(manifest, json.dumps({"format": 1, **told}, indent=1, sort_keys=True).encode())
-        self._check(manifest, images, weights)
-        return read_weights(images)["x_adv"]
+        return read_weights(self._checked(manifest, weights))["x_adv"]
 
-    def _check(self, manifest: Path, images: Path, weights: str) -> None:
+    def _checked(self, manifest: Path, weights: str) -> Path:
+        """The images' file that a manifest speaks of."""
         remedy = f"delete {manifest.name} to have the set crafted again"
         try:
             told = json.loads(manifest.read_text(encoding="utf-8"))
-            surrogate, checksum = told["weights"], told["sha256"]
+            surrogate, checksum = told["weights"], bytes.fromhex(told["sha256"]).hex()
         except (ValueError, KeyError, TypeError) as error:
             raise DataError(f"{manifest} is no manifest of adversarial images ({error!r}); {remedy}") from error
         if surrogate != weights:
@@ -66,10 +67,16 @@ class AdversarialSets:
                 f"{manifest}: crafted on a surrogate with weights {surrogate[:16]}, but the surrogate now has "
                 f"{weights[:16]}; {remedy}, or restore the checkpoint"
             )
+        images = _images(manifest, checksum)
         if not images.is_file():
             raise DataError(f"{manifest}: its images {images.name} are missing; {remedy}")
         if hashlib.sha256(images.read_bytes()).hexdigest() != checksum:
             raise DataError(f"{images} was altered since it was crafted (checksum differs from its manifest); {remedy}")
+        return images
+
+
+def _images(manifest: Path, checksum: str) -> Path:
+    return manifest.with_name(f"{manifest.stem}-{checksum[:16]}.safetensors")
 
 
 def craft(

@@ -155,6 +155,21 @@ class IterativeAttack(Attack):
             new points, (B, ...), which the harness projects, and the new state.
         """
 
+    def foresee(self, x_adv: Tensor, state: State, threat: Threat, rng: KeyedRandom) -> Tensor:
+        """Optional: where runs will stand after the step ``rng.step`` if no step until then changes their state.
+
+        Random searches know it: a refused proposal changes nothing, and the next one depends on its number alone. The
+        harness then asks about several proposals of a run in one batch. It compares every guess with what ``step``
+        returns, bit by bit, so a wrong one costs time and cannot change a result.
+
+        Args:
+            x_adv, state: of the runs now, (B, ...).
+            rng: one stream an image, keyed as ``step`` gets it at ``rng.step``, (B,).
+        Returns:
+            points, (B, ...), which the harness projects.
+        """
+        raise NotImplementedError
+
 
 class WholeAttack(Attack):
     """An attack with a loop of its own (wrapped libraries): images in canonical order, a fixed batch size."""

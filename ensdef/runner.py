@@ -3,48 +3,24 @@
 from __future__ import annotations
 
 import dataclasses
+import time
 from collections.abc import Iterable
-from dataclasses import dataclass
 from pathlib import Path
 
-from ensdef.adversarial_sets import AdversarialSets
-from ensdef.checkpoints import (
-    checkpoint_folder,
-    is_complete,
-    load_checkpoint,
-    save_checkpoint,
-    save_last_good,
-    training_report,
-)
-from ensdef.errors import CheckpointError, DataError, TrainingDiverged, UsageError
-from ensdef.evaluation import blank_record, evaluate_cell
+from ensdef.checkpoints import checkpoint_folder, load_checkpoint
+from ensdef.claims import Claims
+from ensdef.errors import UsageError
+from ensdef.executor import Executor, LocalExecutor
 from ensdef.health.catalogue import TIERS, Tier
-from ensdef.loading import attacked_subset, reload_data
-from ensdef.progress import Progress
-from ensdef.provenance import provenance
-from ensdef.records import Record, Store
+from ensdef.jobs import CellJob, Job, Result, Run, TrainJob, is_trained
+from ensdef.progress import Advance, Progress
+from ensdef.records import Record, Store, write_bytes
 from ensdef.specs import Cell, TrainSpec
-from ensdef.training import train
 
+__all__ = ["Run", "check_writable", "ensure_trained", "find_record", "preflight", "run_cells"]
 
-@dataclass(frozen=True)
-class Run:
-    """Where and how cells are run; nothing here may change a result.
-
-    Args:
-        results: folder for records and checkpoints.
-        device: ``"cpu"`` or ``"cuda"``.
-        batch_size: rows an attack pass.
-        protocol: id written into new records.
-        health: tier of the report that new records carry, and that a record must have to count as done; None: basic for
-            new records, any for those that are there.
-    """
-
-    results: Path
-    device: str = "cpu"
-    batch_size: int = 128
-    protocol: str | None = None
-    health: Tier | None = None
+#: Seconds between looks at what other drivers have done.
+POLL = 1.0
 
 
 def check_writable(results: Path) -> None:
@@ -57,7 +33,7 @@ def check_writable(results: Path) -> None:
     try:
         results.mkdir(parents=True, exist_ok=True)
         probe.write_text("")
-        probe.unlink()
+        probe.unlink(missing_ok=True)
     except OSError as error:
         raise UsageError(
             f"results folder {results} cannot be written ({error.strerror}); choose another with --results"
@@ -92,84 +68,167 @@ def preflight(cells: Iterable[Cell], results: Path, health: Tier | None = None) 
 
 
 def _check_checkpoint(spec: TrainSpec, results: Path, seen: set[str]) -> None:
-    folder = checkpoint_folder(results, spec)
-    if spec.key not in seen and is_complete(folder, spec):
-        load_checkpoint(folder)
+    if spec.key not in seen and is_trained(spec, results):
+        load_checkpoint(checkpoint_folder(results, spec))
     seen.add(spec.key)
     for needed in spec.prerequisites.values():
         _check_checkpoint(needed, results, seen)
 
 
-def run_cells(cells: Iterable[Cell], run: Run, progress: Progress | None = None) -> list[Record]:
-    """Every cell's record, in order; a cell that fails gives a record with ``error`` and stops nobody else."""
+def run_cells(
+    cells: Iterable[Cell], run: Run, progress: Progress | None = None, executor: Executor | None = None
+) -> list[Record]:
+    """Every cell's record, in order; a cell that fails gives a record with ``error`` and stops nobody else.
+
+    Several processes may run cells in one results folder at a time: each does what no other is doing.
+
+    Args:
+        executor: where trainings and attacks run; None: one after the other in this process.
+    Raises:
+        CheckpointError, DataError: what is kept on disk is not as it should be.
+    """
     progress = progress or Progress()
-    failures: dict[str, str] = {}
-    return [find_record(cell, run.results, run.health) or run_cell(cell, run, progress, failures) for cell in cells]
+    return _Driver(list(cells), run, progress, executor or LocalExecutor(run.results, progress)).records()
 
 
-def run_cell(cell: Cell, run: Run, progress: Progress, failures: dict[str, str]) -> Record:
-    """Train if need be, attack, write; ``failures`` remembers trainings that failed, by key."""
-    store = Store(run.results)
-    try:
-        for spec in (cell.training, *cell.prerequisites.values()):
-            if spec.key in failures:
-                raise RuntimeError(failures[spec.key])
-            try:
-                ensure_trained(spec, run, progress)
-            except Exception as error:
-                failures[spec.key] = describe(error)
-                raise
-        surrogates = {
-            role: load_checkpoint(checkpoint_folder(run.results, needed)) for role, needed in cell.prerequisites.items()
-        }
-        folder = checkpoint_folder(run.results, cell.training)
-        test, ids = attacked_subset(reload_data(cell.training.setting.data), cell.samples)
-        record = evaluate_cell(
-            load_checkpoint(folder),
-            cell,
-            test,
-            ids,
-            device=run.device,
-            batch_size=run.batch_size,
-            checkpoint=str(folder),
-            protocol=run.protocol,
-            prerequisites=surrogates,
-            sets=AdversarialSets(run.results),
-            trained_with=training_report(folder).get("health", ()),
-            health=run.health or "basic",
-            progress=progress,
-        )
-    except (CheckpointError, DataError):
-        raise  # what the user keeps on disk is not as it should be: every cell that needs it would fail alike
-    except Exception as error:
-        record = blank_record(cell, run.protocol, error=describe(error))
-        record = dataclasses.replace(record, provenance={**provenance(run.device), **record.provenance})
-        progress.message(f"failed: {record.label} under {record.attack_label}: {record.error}")
-    return store.write(record)
-
-
-def describe(error: Exception) -> str:
-    """One line for a record: the kind of error and its message."""
-    told = isinstance(error, UsageError | RuntimeError)
-    return str(error) if told else f"{type(error).__name__}: {error}"
-
-
-def ensure_trained(spec: TrainSpec, run: Run, progress: Progress) -> Path:
+def ensure_trained(spec: TrainSpec, run: Run, progress: Progress | None = None) -> Path:
     """Train a specification and its prerequisites unless their checkpoints exist; returns the folder.
 
     Raises:
         TrainingDiverged: a loss term became NaN or infinite; the last good epoch is in the folder.
     """
-    folder = checkpoint_folder(run.results, spec)
-    if is_complete(folder, spec):
-        return folder
-    prerequisites = {
-        role: load_checkpoint(ensure_trained(needed, run, progress)) for role, needed in spec.prerequisites.items()
-    }
-    try:
-        trained = train(spec, reload_data(spec.setting.data), prerequisites, device=run.device, progress=progress)
-    except TrainingDiverged as error:
-        kept = save_last_good(folder, error.last_good, spec, str(error))
-        raise TrainingDiverged(f"{error} (weights of the last good epoch: {kept})") from error
-    save_checkpoint(folder, trained.defense, spec, {**trained.report, "provenance": provenance(run.device)})
-    return folder
+    if not is_trained(spec, run.results):
+        for needed in spec.prerequisites.values():
+            ensure_trained(needed, run, progress)
+        TrainJob(spec, run).perform(run.results, progress or Progress())
+    return checkpoint_folder(run.results, spec)
+
+
+class _Blocked(Exception):
+    """Something a job needs is being made."""
+
+
+class _Driver:
+    """Hands out jobs in the order of the cells, and files what comes back."""
+
+    def __init__(self, cells: list[Cell], run: Run, progress: Progress, executor: Executor) -> None:
+        self.cells = cells
+        self.run = run
+        self.progress = progress
+        self.executor = executor
+        self.store = Store(run.results)
+        self.claims = Claims(run.results)
+        #: records by cell key
+        self.done: dict[str, Record] = {}
+        #: keys of finished trainings, and what went wrong with others
+        self.trained: set[str] = set()
+        self.failures: dict[str, str] = {}
+        self.running: set[str] = set()
+
+    def records(self) -> list[Record]:
+        unique = {cell.key: cell for cell in self.cells}
+        bar = self.progress if self.executor.silent else Progress()
+        try:
+            with bar.task("cells", len(unique)) as advance:
+                while waiting := [cell for key, cell in unique.items() if key not in self.done]:
+                    before = len(self.done)
+                    self._start(waiting)
+                    if self.running:
+                        self._file(*self.executor.next())
+                    elif len(self.done) == before:
+                        time.sleep(POLL)  # other drivers are at work on all that is left
+                    _count(advance, len(self.done) - before)
+        finally:
+            self.executor.close()
+            self.claims.release_all()
+        return [self.done[cell.key] for cell in self.cells]
+
+    def _start(self, waiting: list[Cell]) -> None:
+        for cell in waiting:
+            if not self.executor.has_room:
+                return
+            if cell.key in self.running:
+                continue
+            record = find_record(cell, self.run.results, self.run.health)
+            if record is not None:
+                self.done[cell.key] = record
+                continue
+            try:
+                job = self._job(cell)
+            except _Blocked:
+                continue
+            if job is not None:
+                self.running.add(job.key)
+                self.executor.submit(job)
+
+    def _job(self, cell: Cell) -> Job | None:
+        """What has to be done next for a cell; None: it is done.
+
+        Raises:
+            _Blocked: that is being done already.
+        """
+        job = CellJob(cell, self.run)
+        for spec in job.needs:
+            if (missing := self._missing(spec)) is not None:
+                return missing
+        if failed := next((self.failures[spec.key] for spec in job.needs if spec.key in self.failures), None):
+            self.done[cell.key] = self._failed(job, failed)
+            return None
+        if not self.claims.take(cell.key):
+            raise _Blocked
+        record = find_record(cell, self.run.results, self.run.health)
+        if record is None:
+            return job
+        self.claims.release(cell.key)
+        self.done[cell.key] = record
+        return None
+
+    def _missing(self, spec: TrainSpec) -> TrainJob | None:
+        """The next training on the way to ``spec``; None: it is trained, or cannot be."""
+        if spec.key in self.trained or spec.key in self.failures:
+            return None
+        if spec.key in self.running:
+            raise _Blocked
+        if not is_trained(spec, self.run.results):
+            for needed in spec.prerequisites.values():
+                if (missing := self._missing(needed)) is not None:
+                    return missing
+                if needed.key in self.failures:
+                    self.failures[spec.key] = self.failures[needed.key]
+                    return None
+            if not self.claims.take(spec.key):
+                raise _Blocked
+            if not is_trained(spec, self.run.results):
+                return TrainJob(spec, self.run)
+            self.claims.release(spec.key)
+        self.trained.add(spec.key)
+        return None
+
+    def _file(self, job: Job, result: Result) -> None:
+        """Keep what came of a job, and let others have what was claimed for it."""
+        if result.refused is not None:
+            raise result.refused
+        # a checkpoint's description makes its weights valid, an adversarial set's manifest its images: both are JSON
+        for path in sorted(result.files, key=lambda path: path.endswith(".json")):
+            write_bytes(self.run.results / path, result.files[path])
+        if isinstance(job, TrainJob):
+            if result.error is None:
+                self.trained.add(job.key)
+            else:
+                self.failures[job.key] = result.error
+        elif result.record is not None:
+            self.done[job.key] = self.store.write(result.record)
+        else:
+            self.done[job.key] = self._failed(job, result.error or "no record came back")
+        self.running.discard(job.key)
+        self.claims.release(job.key)
+
+    def _failed(self, job: CellJob, error: str) -> Record:
+        record = job.failed(error)
+        self.progress.message(f"failed: {record.label} under {record.attack_label}: {error}")
+        return self.store.write(record)
+
+
+def _count(advance: Advance, finished: int) -> None:
+    if finished:
+        advance(finished)

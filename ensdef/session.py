@@ -18,6 +18,7 @@ from ensdef.attack import Attack, IterativeAttack, State, WholeAttack
 from ensdef.attack_spec import AttackSpec
 from ensdef.errors import AttackError
 from ensdef.health.observer import Observer
+from ensdef.lookahead import Lookahead
 from ensdef.progress import Advance, Progress
 from ensdef.rng import KeyedRandom
 from ensdef.rows import SMALLEST_BATCH, Rows, finish, padding
@@ -95,6 +96,7 @@ class Session:
     def _run_iterative(
         self, attack: IterativeAttack, target: Target, alive: Tensor, runs: int, advance: Advance
     ) -> None:
+        lookahead = Lookahead(attack, self.threat, self._checked, self.seed, self.ids, self.batch_size)
         waiting = deque((index, 0) for index in alive.tolist())
         active: list[Rows] = []
         aside: list[Rows] = []
@@ -114,7 +116,7 @@ class Session:
                     rows = rows.select(~done)
                 # rows that came back from judgement may be more than a batch
                 for part in self._split(rows) if len(rows) > self.batch_size else [rows] if len(rows) else []:
-                    part, claimed = self._advance(attack, target, part)
+                    part, claimed = self._advance(attack, target, part, lookahead)
                     aside += claimed
                     if len(part):
                         active.append(part)
@@ -140,49 +142,25 @@ class Session:
         zeros = torch.zeros_like(index)
         return Rows(index, run, zeros, zeros.bool(), x, y, x_adv, x_adv, self._kept(state, len(x)))
 
-    def _advance(self, attack: IterativeAttack, target: Target, rows: Rows) -> tuple[Rows, list[Rows]]:
-        """One step: the rows that go on, and those to be judged."""
+    def _advance(
+        self, attack: IterativeAttack, target: Target, rows: Rows, lookahead: Lookahead
+    ) -> tuple[Rows, list[Rows]]:
+        """One step, or several where the attack can look ahead: the rows that go on, and those to be judged."""
         count = len(rows)
-        padded = rows.select(padding(rows)) if count < SMALLEST_BATCH else rows
-        target.passes.share = count / len(padded)
-        rng = KeyedRandom(self.seed, self.ids[padded.index], padded.run, padded.step + 1)
-        given = (padded.x_adv, padded.y)
-        versions = [tensor._version for tensor in given]
-        if self.observer is not None:
-            self.observer.begin(target, padded, count)
-        x_adv, state = attack.step(target, padded.x_adv, padded.y, padded.state, self.threat, rng)
-        state = dict(state)
-        stopped = state.pop("done", None)
-        if versions != [tensor._version for tensor in given]:
-            raise AttackError(f"{self.name} wrote into the points or labels it was given; return new points")
-        x_adv = self._checked(x_adv, padded.x)
-        scores = None
-        if self.spec.success == "any":
-            scores = target.scores_at(padded.x_adv)
-            if scores is None:
-                with torch.no_grad():
-                    scores = target(padded.x_adv)
-        if self.observer is not None:
-            self.observer.end(target, padded, count, scores)
-        target.forget()
-        moved = Rows(
-            padded.index,
-            padded.run,
-            padded.step + 1,
-            padded.final,
-            padded.x,
-            padded.y,
-            x_adv,
-            padded.x_adv.detach(),
-            self._kept(state, len(padded)),
-        )
-        claim = torch.zeros_like(moved.final) if scores is None else _claims(scores, moved.y)
-        if self.min_norm:  # one that fools from too far away is no success yet
-            claim &= self._near(moved.candidate, moved.x)
-        done = moved.step >= attack.steps
-        if stopped is not None:
-            done = done | stopped
-        if count < len(moved):
+        depth = lookahead.depth(count)
+        if depth > 1:
+            asked = lookahead.extend(rows, depth)
+        else:
+            asked = rows.select(padding(rows)) if count < SMALLEST_BATCH else rows
+        before = target.passes.forwards
+        target.passes.share = 1.0 if depth > 1 else count / len(asked)
+        moved, claim, done = self._step(attack, target, asked, count)
+        if depth > 1:
+            last, questions = lookahead.reached(asked, moved, claim | done, depth)
+            # what was asked ahead in vain counts as little as padding does
+            target.passes.forwards -= (target.passes.forwards - before) * (len(asked) - questions) // len(asked)
+            moved, claim, done = moved.select(last), claim[last], done[last]
+        elif count < len(asked):
             real = torch.arange(count, device=moved.index.device)
             moved, claim, done = moved.select(real), claim[:count], done[:count]
         aside = [moved.select(claim)] if bool(claim.any()) else []
@@ -191,6 +169,40 @@ class Session:
             aside.append(finish(moved.select(finished)))
         leaving = claim | done
         return (moved.select(~leaving) if bool(leaving.any()) else moved), aside
+
+    def _step(self, attack: IterativeAttack, target: Target, rows: Rows, count: int) -> tuple[Rows, Tensor, Tensor]:
+        """The rows after one step, which of them claim to have fooled, and which are at their end, (B,) bool.
+
+        Args:
+            count: rows of the batch that the observer is shown; the others are padding, or look ahead.
+        """
+        rng = KeyedRandom(self.seed, self.ids[rows.index], rows.run, rows.step + 1)
+        given = (rows.x_adv, rows.y)
+        versions = [tensor._version for tensor in given]
+        if self.observer is not None:
+            self.observer.begin(target, rows, count)
+        x_adv, state = attack.step(target, rows.x_adv, rows.y, rows.state, self.threat, rng)
+        state = dict(state)
+        stopped = state.pop("done", None)
+        if versions != [tensor._version for tensor in given]:
+            raise AttackError(f"{self.name} wrote into the points or labels it was given; return new points")
+        x_adv = self._checked(x_adv, rows.x)
+        scores = None
+        if self.spec.success == "any":
+            scores = target.scores_at(rows.x_adv)
+            if scores is None:
+                with torch.no_grad():
+                    scores = target(rows.x_adv)
+        if self.observer is not None:
+            self.observer.end(target, rows, count, scores)
+        target.forget()
+        step, kept = rows.step + 1, self._kept(state, len(rows))
+        moved = Rows(rows.index, rows.run, step, rows.final, rows.x, rows.y, x_adv, rows.x_adv.detach(), kept)
+        claim = torch.zeros_like(moved.final) if scores is None else _claims(scores, moved.y)
+        if self.min_norm:  # one that fools from too far away is no success yet
+            claim &= self._near(moved.candidate, moved.x)
+        done = moved.step >= attack.steps
+        return moved, claim, done if stopped is None else done | stopped
 
     def _settle(
         self, rows: Rows, runs: int, waiting: deque[tuple[int, int]], advance: Advance

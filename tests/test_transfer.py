@@ -83,12 +83,12 @@ def test_images_are_robust_only_if_they_withstand_every_variant() -> None:
 def test_sets_are_crafted_once_and_used_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = offered(ensemble(), ensemble(seed=5), 0.1, AdversarialSets(tmp_path))
     stored = sorted(path.name for path in (tmp_path / "adversarial_sets").iterdir())
-    assert [Path(name).suffix for name in stored] == [".json", ".safetensors"]
+    assert [Path(name).suffix for name in stored] == [".safetensors", ".json"]
     module = __import__(ATTACKS.get("transfer").__module__, fromlist=["craft"])
     monkeypatch.setattr(module, "craft", lambda *args, **kwargs: pytest.fail("crafted again"))
     again = offered(ensemble(), ensemble(seed=5), 0.1, AdversarialSets(tmp_path))
     assert torch.equal(first.x_adv, again.x_adv)
-    manifest = json.loads((tmp_path / "adversarial_sets" / stored[0]).read_text())
+    manifest = json.loads((tmp_path / "adversarial_sets" / stored[1]).read_text())
     assert manifest["surrogate"] == "nat x 3"
     assert manifest["attack"]["eps"] == "1/10"
     assert len(manifest["weights"]) == len(manifest["sha256"]) == 64
@@ -99,7 +99,7 @@ def test_sets_are_crafted_once_and_used_again(tmp_path: Path, monkeypatch: pytes
 )
 def test_a_damaged_set_is_refused(tmp_path: Path, damage: str, told: str) -> None:
     offered(ensemble(), ensemble(seed=5), 0.1, AdversarialSets(tmp_path))
-    manifest, content = sorted((tmp_path / "adversarial_sets").iterdir())
+    content, manifest = sorted((tmp_path / "adversarial_sets").iterdir())
     if damage == "altered":
         content.write_bytes(content.read_bytes()[:-1] + b"\x01")
     elif damage == "missing":

@@ -7,6 +7,7 @@ import json
 import sys
 import tomllib
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +19,9 @@ from ensdef.notation import fraction, split_list
 from ensdef.protocol import Protocol, layered, load_protocol, plan, with_attacks, with_methods, without
 
 if TYPE_CHECKING:
+    from ensdef.executor import Executor
     from ensdef.health.catalogue import Tier
+    from ensdef.progress import Progress
     from ensdef.records import Record
     from ensdef.specs import Cell
 
@@ -85,6 +88,24 @@ _RUN_OPTIONS = [
         help="Whether gradients lie: basic adds at most a tenth of the attack's passes, full runs small attacks; "
         "records of a lower tier are made anew only when this is given [default: basic].",
     ),
+    click.option(
+        "--executor",
+        type=click.Choice(["local", "ray"]),
+        default="local",
+        show_default=True,
+        help="Where cells run: one after the other here, or as Ray tasks.",
+    ),
+    click.option("--ray-address", metavar="HOST:PORT", help="A running Ray cluster [default: one of this machine]."),
+    click.option(
+        "--cpus-per-cell",
+        type=click.FloatRange(min=0, min_open=True),
+        help="Cores that a Ray task takes, and threads it uses [default: 1].",
+    ),
+    click.option(
+        "--gpus-per-cell",
+        type=click.FloatRange(min=0),
+        help="GPUs that a Ray task takes [default: 1 with --device cuda, else 0].",
+    ),
     click.option("--json", "as_json", is_flag=True, help="Records as a JSON array on stdout, all else on stderr."),
     click.option("--dry-run", is_flag=True, help="List the cells, done and to do, and stop."),
 ]
@@ -94,6 +115,60 @@ def _run_options(command: Callable[..., None]) -> Callable[..., None]:
     for option in reversed(_RUN_OPTIONS):
         command = option(command)
     return command
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """Options of how cells are run, which cannot change a result."""
+
+    plugin: tuple[str, ...]
+    device: str
+    batch_size: int
+    results: Path
+    health: Tier | None
+    executor: str
+    ray_address: str | None
+    cpus_per_cell: float | None
+    gpus_per_cell: float | None
+    as_json: bool
+    dry_run: bool
+
+    @classmethod
+    def take(cls, given: dict[str, Any]) -> RunOptions:
+        """Take these options out of all that were given.
+
+        Raises:
+            UsageError: options of Ray without it.
+        """
+        options = cls(**{item.name: given.pop(item.name) for item in dataclasses.fields(cls)})
+        if options.executor != "ray":
+            for name in ("ray_address", "cpus_per_cell", "gpus_per_cell"):
+                if getattr(options, name) is not None:
+                    raise UsageError(f"--{name.replace('_', '-')} is for --executor ray; the executor is local")
+        return options
+
+    def make_executor(self, progress: Progress) -> Executor:
+        """Where the cells run.
+
+        Raises:
+            UsageError: Ray is not installed, does not answer, or lacks what a cell asks for.
+        """
+        if self.executor == "local":
+            from ensdef.executor import LocalExecutor
+
+            return LocalExecutor(self.results, progress)
+        from ensdef.ray_executor import RayExecutor
+
+        gpus = self.gpus_per_cell if self.gpus_per_cell is not None else float(self.device == "cuda")
+        return RayExecutor(self.results, self.plugin, self.ray_address, self.cpus_per_cell or 1.0, gpus)
+
+    def resolve_device(self) -> str:
+        """The device of the cells; with Ray, that of the workers, which this process may not see."""
+        if self.executor == "ray":
+            return "cuda" if self.device == "cuda" or (self.gpus_per_cell and self.device == "auto") else "cpu"
+        from ensdef.evaluation import resolve_device
+
+        return resolve_device(self.device)
 
 
 @cli.command()
@@ -130,16 +205,10 @@ def bench(
     attack: str | None,
     eps: str | None,
     seed: str | None,
-    plugin: tuple[str, ...],
-    device: str,
-    batch_size: int,
-    results: Path,
-    health: Tier | None,
-    as_json: bool,
-    dry_run: bool,
     **given: Any,
 ) -> None:
     """Train what is missing, attack it, print the table."""
+    options = RunOptions.take(given)
     protocol = load_protocol("default")
     if method is not None:
         protocol = with_methods(protocol, method)
@@ -155,31 +224,20 @@ def bench(
             recipes=without(protocol.recipes, config),
             method_recipes=without(protocol.method_recipes, config),
         )
-    _go(protocol, "bench", None, plugin, device, batch_size, results, health, as_json, dry_run)
+    _go(protocol, "bench", None, options)
 
 
 @cli.command()
 @click.argument("protocol")
 @_run_options
-def run(
-    protocol: str,
-    config: dict[str, Any],
-    plugin: tuple[str, ...],
-    device: str,
-    batch_size: int,
-    results: Path,
-    health: Tier | None,
-    as_json: bool,
-    dry_run: bool,
-    seed: str | None,
-    **given: Any,
-) -> None:
+def run(protocol: str, config: dict[str, Any], seed: str | None, **given: Any) -> None:
     """Run a whole PROTOCOL: a name from `ensdef list protocols`, or a TOML file."""
+    options = RunOptions.take(given)
     loaded = load_protocol(protocol)
     asked = _overlay(loaded, given, seed)
     # records of a protocol that was changed on the command line do not carry its id
     protocol_id = asked.id if asked == loaded else None
-    _go(asked, asked.name, protocol_id, plugin, device, batch_size, results, health, as_json, dry_run)
+    _go(asked, asked.name, protocol_id, options)
 
 
 def _overlay(protocol: Protocol, given: dict[str, Any], seed: str | None) -> Protocol:
@@ -192,35 +250,26 @@ def _overlay(protocol: Protocol, given: dict[str, Any], seed: str | None) -> Pro
     return dataclasses.replace(protocol, **changes)
 
 
-def _go(
-    protocol: Protocol,
-    table: str,
-    protocol_id: str | None,
-    plugins: tuple[str, ...],
-    device: str,
-    batch_size: int,
-    results: Path,
-    health: Tier | None,
-    as_json: bool,
-    dry_run: bool,
-) -> None:
+def _go(protocol: Protocol, table: str, protocol_id: str | None, options: RunOptions) -> None:
     from ensdef.registry import load_plugin
 
-    for plugin in plugins:
+    for plugin in options.plugin:
         load_plugin(plugin)
-    from ensdef.evaluation import resolve_device
     from ensdef.progress import ConsoleProgress
     from ensdef.runner import Run, check_writable, preflight, run_cells
 
-    where = resolve_device(device)
+    results, health = options.results, options.health
+    where = options.resolve_device()
     check_writable(results)
     cells, _ = plan(protocol)
-    if dry_run:
+    if options.dry_run:
         _print_plan(cells, results, health)
         return
     preflight(cells, results, health)
-    records = run_cells(cells, Run(results, where, batch_size, protocol_id, health), ConsoleProgress())
-    _report(records, protocol, table, results, as_json)
+    progress = ConsoleProgress()
+    run = Run(results, where, options.batch_size, protocol_id, health)
+    records = run_cells(cells, run, progress, options.make_executor(progress))
+    _report(records, protocol, table, results, options.as_json)
     if any(record.error for record in records):
         sys.exit(1)
 

@@ -1,0 +1,179 @@
+"""Pieces of work that can be done anywhere: a training, or an attack on what was trained. Values in, files out."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from ensdef.adversarial_sets import AdversarialSets
+from ensdef.checkpoints import (
+    LAST_GOOD,
+    checkpoint_folder,
+    is_complete,
+    load_checkpoint,
+    save_checkpoint,
+    save_last_good,
+    training_report,
+)
+from ensdef.errors import CheckpointError, DataError, TrainingDiverged, UsageError
+from ensdef.evaluation import blank_record, evaluate_cell
+from ensdef.health.catalogue import Tier
+from ensdef.loading import attacked_subset, reload_data
+from ensdef.progress import Progress
+from ensdef.provenance import provenance
+from ensdef.records import Record
+from ensdef.specs import Cell, TrainSpec
+from ensdef.training import train
+
+
+@dataclass(frozen=True)
+class Run:
+    """Where and how cells are run; nothing here may change a result.
+
+    Args:
+        results: folder for records and checkpoints.
+        device: ``"cpu"`` or ``"cuda"``.
+        batch_size: rows an attack pass.
+        protocol: id written into new records.
+        health: tier of the report that new records carry, and that a record must have to count as done; None: basic for
+            new records, any for those that are there.
+    """
+
+    results: Path
+    device: str = "cpu"
+    batch_size: int = 128
+    protocol: str | None = None
+    health: Tier | None = None
+
+
+@dataclass(frozen=True)
+class TrainJob:
+    """Train a specification whose prerequisites are trained."""
+
+    spec: TrainSpec
+    run: Run
+
+    @property
+    def key(self) -> str:
+        return self.spec.key
+
+    @property
+    def label(self) -> str:
+        return f"train {self.spec.model.method_call} seed {self.spec.setting.seed}"
+
+    @property
+    def needs(self) -> tuple[TrainSpec, ...]:
+        """Trainings whose checkpoints must be in the folder."""
+        return tuple(self.spec.prerequisites.values())
+
+    def perform(self, where: Path, progress: Progress) -> None:
+        """Write the checkpoint into the results folder ``where``.
+
+        Raises:
+            TrainingDiverged: a loss term became NaN or infinite; the last good epoch is in the folder.
+        """
+        spec, folder = self.spec, checkpoint_folder(where, self.spec)
+        prerequisites = {
+            role: load_checkpoint(checkpoint_folder(where, needed)) for role, needed in spec.prerequisites.items()
+        }
+        data = reload_data(spec.setting.data)
+        try:
+            trained = train(spec, data, prerequisites, device=self.run.device, progress=progress)
+        except TrainingDiverged as error:
+            save_last_good(folder, error.last_good, spec, str(error))
+            kept = checkpoint_folder(self.run.results, spec) / LAST_GOOD
+            raise TrainingDiverged(f"{error} (weights of the last good epoch: {kept})") from error
+        save_checkpoint(folder, trained.defense, spec, {**trained.report, "provenance": provenance(self.run.device)})
+
+
+@dataclass(frozen=True)
+class CellJob:
+    """Attack a trained defence."""
+
+    cell: Cell
+    run: Run
+
+    @property
+    def key(self) -> str:
+        return self.cell.key
+
+    @property
+    def label(self) -> str:
+        training, attack = self.cell.training, self.cell.attack
+        return f"{training.model.method_call} seed {training.setting.seed} under {attack.call} {attack.written or ''}"
+
+    @property
+    def needs(self) -> tuple[TrainSpec, ...]:
+        """Trainings whose checkpoints must be in the folder."""
+        return (self.cell.training, *self.cell.prerequisites.values())
+
+    def perform(self, where: Path, progress: Progress) -> Record:
+        """The record, not yet written, from the checkpoints in the results folder ``where``."""
+        cell, run = self.cell, self.run
+        folder = checkpoint_folder(where, cell.training)
+        surrogates = {
+            role: load_checkpoint(checkpoint_folder(where, needed)) for role, needed in cell.prerequisites.items()
+        }
+        test, ids = attacked_subset(reload_data(cell.training.setting.data), cell.samples)
+        return evaluate_cell(
+            load_checkpoint(folder),
+            cell,
+            test,
+            ids,
+            device=run.device,
+            batch_size=run.batch_size,
+            checkpoint=str(checkpoint_folder(run.results, cell.training)),
+            protocol=run.protocol,
+            prerequisites=surrogates,
+            sets=AdversarialSets(where),
+            trained_with=training_report(folder).get("health", ()),
+            health=run.health or "basic",
+            progress=progress,
+        )
+
+    def failed(self, error: str) -> Record:
+        """The record of this cell when it could not be run."""
+        record = blank_record(self.cell, self.run.protocol, error=error)
+        return dataclasses.replace(record, provenance={**provenance(self.run.device), **record.provenance})
+
+
+Job = TrainJob | CellJob
+
+
+@dataclass(frozen=True)
+class Result:
+    """What came of a job.
+
+    Args:
+        record: of a cell that was attacked.
+        error: why the job failed, in one line.
+        refused: what the user keeps on disk is not as it should be; whatever needs it would fail alike.
+        files: written into the folder of the job, by path inside it, where that is not the results folder itself.
+    """
+
+    record: Record | None = None
+    error: str | None = None
+    refused: UsageError | None = None
+    files: dict[str, bytes] = field(default_factory=dict)
+
+
+def attempt(job: Job, where: Path, progress: Progress) -> Result:
+    """Perform a job; whatever goes wrong is part of the result."""
+    try:
+        return Result(job.perform(where, progress))
+    except (CheckpointError, DataError) as error:
+        return Result(refused=error)
+    except Exception as error:
+        return Result(error=describe(error))
+
+
+def describe(error: Exception) -> str:
+    """One line for a record: the kind of error and its message."""
+    told = isinstance(error, UsageError | RuntimeError)
+    return str(error) if told else f"{type(error).__name__}: {error}"
+
+
+def is_trained(spec: TrainSpec, results: Path) -> bool:
+    """Whether a training's finished checkpoint is in the results folder."""
+    return is_complete(checkpoint_folder(results, spec), spec)

@@ -1,0 +1,189 @@
+"""Jobs as Ray tasks, on this machine or a cluster. A worker gets values and bytes and gives the same back.
+
+A worker has a scratch folder in place of the results folder: the checkpoints it needs are sent along, and what it
+writes is sent back. So nodes need the package, the plug-ins and the data sets, but not the results folder. Where they
+do see it (one machine, a shared file system), images crafted on surrogates are kept there for the next job.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import pickle
+import socket
+import tempfile
+import uuid
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ensdef.checkpoints import SPEC, WEIGHTS, checkpoint_folder
+from ensdef.errors import UsageError
+from ensdef.jobs import Job, Result, attempt
+from ensdef.progress import Progress
+from ensdef.registry import load_plugin
+
+#: Seconds until a cluster that does not answer is given up.
+PATIENCE = 10.0
+#: How often a job is begun again when its worker or node died.
+RETRIES = 3
+#: Jobs in hand for each that can run, so that no worker waits for the driver.
+AHEAD = 2
+
+_SETS = "adversarial_sets"
+
+
+class RayExecutor:
+    """Sends jobs to Ray.
+
+    Args:
+        results: the driver's results folder.
+        plugins: files or modules that workers have to load first.
+        address: of a running cluster, ``host:port``, ``ray://host:port`` or ``auto``; None: a cluster of this machine,
+            which ends with the executor.
+        cpus, gpus: what a job takes of its node; it uses as many threads as it has cores.
+    Raises:
+        UsageError: Ray is not installed, the cluster does not answer, or no node can give a job what it takes.
+    """
+
+    silent = True
+
+    def __init__(
+        self,
+        results: Path,
+        plugins: Sequence[str] = (),
+        address: str | None = None,
+        cpus: float = 1.0,
+        gpus: float = 0.0,
+    ) -> None:
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+        # a GPU stays visible to jobs that asked for none, so that `--device cuda` fails loudly, not on the CPU
+        os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+        try:
+            import ray
+        except ImportError as error:
+            raise UsageError("--executor ray needs Ray; install it with `pip install ensdef[ray]`") from error
+        self.results = results
+        self.plugins = tuple(str(Path(one).resolve()) if Path(one).is_file() else one for one in plugins)
+        self._ray: Any = ray
+        self._connect(address)
+        self._wanted = {"CPU": cpus, "GPU": gpus}
+        try:
+            self._check_room(address)
+        except UsageError:
+            ray.shutdown()
+            raise
+        perform = ray.remote(perform_in_scratch)
+        self._task = perform.options(num_cpus=cpus, num_gpus=gpus, max_retries=RETRIES, retry_exceptions=False)
+        self._threads = max(1, int(cpus))
+        self._jobs: dict[Any, Job] = {}
+        self._token = results / _SETS / f".{uuid.uuid4().hex}.driver"
+        self._token.parent.mkdir(parents=True, exist_ok=True)
+        self._token.touch()
+
+    def _connect(self, address: str | None) -> None:
+        if address is not None and address != "auto":
+            _probe(address)
+        try:
+            options = {"log_to_driver": False, "logging_level": "error"}
+            if address is None:
+                options["include_dashboard"] = False
+            self._ray.init(address=address or "local", **options)
+        except (ConnectionError, RuntimeError, ValueError) as error:
+            raise UsageError(f"no Ray cluster at {address or 'this machine'}: {error}") from error
+
+    def _check_room(self, address: str | None) -> None:
+        nodes = [node["Resources"] for node in self._ray.nodes() if node["Alive"]]
+        if not any(all(node.get(kind, 0) >= count for kind, count in self._wanted.items()) for node in nodes):
+            largest = {kind: max((node.get(kind, 0) for node in nodes), default=0) for kind in self._wanted}
+            raise UsageError(
+                f"a cell asks for {self._wanted['CPU']:g} CPU cores and {self._wanted['GPU']:g} GPUs, but no node of "
+                f"the Ray cluster at {address or 'this machine'} has both (the largest: {largest['CPU']:g} cores, "
+                f"{largest['GPU']:g} GPUs); lower --cpus-per-cell or --gpus-per-cell"
+            )
+
+    @property
+    def has_room(self) -> bool:
+        there = self._ray.cluster_resources()
+        slots = min(int(there.get(kind, 0) // count) for kind, count in self._wanted.items() if count)
+        return len(self._jobs) < AHEAD * max(slots, 1)
+
+    def submit(self, job: Job) -> None:
+        sent = {}
+        for spec in job.needs:
+            for name in (WEIGHTS, SPEC):
+                path = checkpoint_folder(self.results, spec) / name
+                sent[str(path.relative_to(self.results))] = path.read_bytes()
+        reference = self._task.options(name=job.label).remote(
+            self.plugins, pickle.dumps(job), sent, str(self._token.resolve()), self._threads
+        )
+        self._jobs[reference] = job
+
+    def next(self) -> tuple[Job, Result]:
+        (ready,), _ = self._ray.wait(list(self._jobs), num_returns=1)
+        job = self._jobs.pop(ready)
+        try:
+            result: Result = pickle.loads(self._ray.get(ready))
+        except self._ray.exceptions.RayError as error:
+            told = str(error).strip().splitlines()
+            result = Result(error=f"Ray gave up after {RETRIES} more tries: {type(error).__name__}: {told[0]}")
+        return job, result
+
+    def close(self) -> None:
+        for reference in self._jobs:
+            self._ray.cancel(reference, force=True)
+        self._jobs.clear()
+        self._token.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # only if nothing was crafted
+            self._token.parent.rmdir()
+        self._ray.shutdown()
+
+
+def perform_in_scratch(
+    plugins: Sequence[str], packed: bytes, sent: dict[str, bytes], token: str, threads: int
+) -> bytes:
+    """What a worker does: one job in a folder of its own; a pickled :class:`Result` with the files it wrote.
+
+    Args:
+        packed: the pickled job; plug-ins are loaded before it is opened.
+        sent: files of the results folder that the job needs, by path inside it.
+        token: a file beside the adversarial sets of the driver; where it is seen, they are shared.
+    """
+    import torch
+
+    torch.set_num_threads(threads)
+    for plugin in plugins:
+        load_plugin(plugin)
+    job: Job = pickle.loads(packed)
+    with tempfile.TemporaryDirectory(prefix="ensdef-") as folder:
+        scratch = Path(folder)
+        for name, content in sent.items():
+            (scratch / name).parent.mkdir(parents=True, exist_ok=True)
+            (scratch / name).write_bytes(content)
+        if Path(token).is_file():
+            (scratch / _SETS).symlink_to(Path(token).parent, target_is_directory=True)
+        result = attempt(job, scratch, Progress())
+        written = {
+            str(path.relative_to(scratch)): path.read_bytes()
+            for path in scratch.rglob("*")  # does not go into links
+            if path.is_file() and str(path.relative_to(scratch)) not in sent
+        }
+    return pickle.dumps(Result(result.record, result.error, result.refused, written))
+
+
+def _probe(address: str) -> None:
+    """Refuse an address at which nothing listens; Ray itself would wait for minutes.
+
+    Raises:
+        UsageError: see above.
+    """
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if not host or not port.isdigit():
+        raise UsageError(f"--ray-address is {address!r}; expected host:port, ray://host:port or auto")
+    try:
+        socket.create_connection((host, int(port)), timeout=PATIENCE).close()
+    except OSError as error:
+        raise UsageError(
+            f"no Ray cluster answers at {address} ({error}); start one with `ray start --head`, or leave "
+            "--ray-address out to use this machine"
+        ) from error
