@@ -73,8 +73,7 @@ class RayExecutor:
         except UsageError:
             ray.shutdown()
             raise
-        perform = ray.remote(perform_in_scratch)
-        self._task = perform.options(num_cpus=cpus, num_gpus=gpus, max_retries=RETRIES, retry_exceptions=False)
+        self._task = ray.remote(num_cpus=cpus, num_gpus=gpus, max_retries=RETRIES)(perform_in_scratch)
         self._threads = max(1, int(cpus))
         self._jobs: dict[Any, Job] = {}
         self._token = results / _SETS / f".{uuid.uuid4().hex}.driver"

@@ -87,7 +87,7 @@ def test_another_surrogate_makes_another_cell(monkeypatch: pytest.MonkeyPatch) -
 def test_a_surrogate_that_cannot_be_trained_fails_its_own_cells_alone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import ensdef.runner
+    import ensdef.jobs
 
     tried: list[int] = []
 
@@ -97,7 +97,7 @@ def test_a_surrogate_that_cannot_be_trained_fails_its_own_cells_alone(
             raise RuntimeError("the surrogate broke")
         return ensdef.training.train(spec, *args, **options)
 
-    monkeypatch.setattr(ensdef.runner, "train", train)
+    monkeypatch.setattr(ensdef.jobs, "train", train)
     other = Cell(cell().training.derive("nat", seed=1), cell().attack, cell().samples, cell().subset_checksum)
     records = run_cells([cell(), cell("fgsm"), other], Run(tmp_path))
     assert [record.error for record in records] == ["the surrogate broke", None, "the surrogate broke"]

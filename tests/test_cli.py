@@ -431,7 +431,7 @@ def test_without_samples_all_test_images_up_to_a_thousand_are_attacked(tmp_path:
 
 
 def test_a_dry_run_trains_nothing_and_writes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ensdef.runner.train", forbidden)
+    monkeypatch.setattr("ensdef.jobs.train", forbidden)
     cells = plan_of("bench", "--method", "nat,adv", "--attack", "fgsm", *SMALL, "--results", tmp_path / "results")
     assert [cell["state"] for cell in cells] == ["train and attack"] * 2
     assert files(tmp_path) == {}
@@ -564,12 +564,12 @@ def fragile_words(folder: Path) -> list[str]:
 @pytest.fixture(scope="module")
 def diverged(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Result, list[str]]:
     """A folder with plug-in and results, what the bench said, and which methods it began to train."""
-    import ensdef.runner
+    import ensdef.jobs
 
     folder = tmp_path_factory.mktemp("diverged")
     write_plugin(folder, "fragile", FRAGILE)
     trained = []
-    real = ensdef.runner.train
+    real = ensdef.jobs.train
 
     def counting(spec: Any, *args: Any, **kwargs: Any) -> Any:
         trained.append(spec.method)
@@ -577,7 +577,7 @@ def diverged(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Result, li
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("ENSDEF_TEST_BREAKS", "1")
-        patch.setattr("ensdef.runner.train", counting)
+        patch.setattr("ensdef.jobs.train", counting)
         patch.setattr(METHODS, "_registered", dict(METHODS._registered))
         return folder, ens(*fragile_words(folder), "--json"), trained
 
@@ -958,7 +958,7 @@ def test_the_installed_command_refuses_bad_input_in_one_line_without_a_traceback
 
 @pytest.fixture
 def nothing_trained(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ensdef.runner.train", forbidden)
+    monkeypatch.setattr("ensdef.jobs.train", forbidden)
 
 
 def refused(result: Result, results: Path, *told: str) -> str:

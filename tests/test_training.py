@@ -26,7 +26,7 @@ from toys_defense import (
     toy_spec,
 )
 
-from ensdef import runner
+from ensdef import jobs
 from ensdef.backend import safe_convolutions
 from ensdef.build import build_defense, create_defense
 from ensdef.checkpoints import LAST_GOOD, checkpoint_folder, fit, load_checkpoint, read_weights, training_report
@@ -348,7 +348,7 @@ def trainings(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         methods.append(spec.method)
         return train(spec, *args, **options)
 
-    monkeypatch.setattr(runner, "train", counting)
+    monkeypatch.setattr(jobs, "train", counting)
     return methods
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import sys
@@ -268,7 +269,8 @@ def _go(protocol: Protocol, table: str, protocol_id: str | None, options: RunOpt
     preflight(cells, results, health)
     progress = ConsoleProgress()
     run = Run(results, where, options.batch_size, protocol_id, health)
-    records = run_cells(cells, run, progress, options.make_executor(progress))
+    with contextlib.redirect_stdout(sys.stderr):  # plug-ins and Ray print where they like; stdout is for the results
+        records = run_cells(cells, run, progress, options.make_executor(progress))
     _report(records, protocol, table, results, options.as_json)
     if any(record.error for record in records):
         sys.exit(1)
