@@ -1,4 +1,4 @@
-"""Which convolution kernels a training may use."""
+"""What the machine underneath can do: which convolution kernels are safe, and what running out of memory looks like."""
 
 from __future__ import annotations
 
@@ -32,3 +32,14 @@ def _multiples_of_eight(module: nn.Module) -> bool:
     return not any(
         isinstance(part, nn.Conv2d) and part.kernel_size == (1, 1) and part.in_channels % 8 for part in module.modules()
     )
+
+
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Whether PyTorch could not get memory; on the CPU that is an ordinary ``RuntimeError``."""
+    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
+
+
+def free_memory() -> None:
+    """Give back what PyTorch keeps for later."""
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from ensdef.adversarial_sets import AdversarialSets
 from ensdef.attack import Attack, CompositeAttack
 from ensdef.attack_spec import AttackSpec
+from ensdef.backend import free_memory, is_out_of_memory
 from ensdef.defense import EnsembleDefense
 from ensdef.errors import UsageError
 from ensdef.health.case import Case
@@ -208,7 +209,18 @@ def _broken_by(session: Session, parts: Sequence[tuple[str, Attack]]) -> dict[st
 
 
 def _scores(judge: Target, x: Tensor, batch_size: int, check: bool = True) -> Tensor:
-    """Scores of the true model, (N, C)."""
+    """Scores of the true model, (N, C); in smaller batches where memory does not suffice."""
+    try:
+        return _scores_in_batches(judge, x, batch_size, check)
+    except RuntimeError as error:
+        if not is_out_of_memory(error) or batch_size <= SMALLEST_BATCH:
+            raise
+    judge.forget()
+    free_memory()
+    return _scores(judge, x, batch_size // 2, check)
+
+
+def _scores_in_batches(judge: Target, x: Tensor, batch_size: int, check: bool) -> Tensor:
     scores = []
     judge.passes.share = 1.0
     for part in x.split(batch_size):

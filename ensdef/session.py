@@ -9,13 +9,16 @@ depends on how rows meet in a batch: random numbers are keyed by image, and norm
 from __future__ import annotations
 
 from collections import deque
-from typing import Any
+from collections.abc import Callable
+from functools import partial
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from ensdef.attack import Attack, IterativeAttack, State, WholeAttack
 from ensdef.attack_spec import AttackSpec
+from ensdef.backend import free_memory, is_out_of_memory
 from ensdef.errors import AttackError
 from ensdef.health.observer import Observer
 from ensdef.lookahead import Lookahead
@@ -24,6 +27,8 @@ from ensdef.rng import KeyedRandom
 from ensdef.rows import SMALLEST_BATCH, Rows, finish, padding
 from ensdef.target import Target
 from ensdef.threat import Threat
+
+T = TypeVar("T")
 
 #: Slack of the ball check, for the rounding of x + delta in float32.
 BALL_SLACK = 1e-6
@@ -106,7 +111,10 @@ class Session:
             # refilling by small portions would cost more in copies than the gaps cost in passes
             if waiting and (room >= self.batch_size // 4 or not count):
                 taken = [waiting.popleft() for _ in range(min(room, len(waiting)))]
-                active.append(self._start(attack, target, taken))
+                if (started := self._fitting(partial(self._start, attack, target, taken), target, advance)) is None:
+                    waiting.extendleft(reversed(taken))
+                    continue
+                active.append(started)
             rows = Rows.join(active) if active else None
             active = []
             if rows is not None:
@@ -116,19 +124,42 @@ class Session:
                     rows = rows.select(~done)
                 # rows that came back from judgement may be more than a batch
                 for part in self._split(rows) if len(rows) > self.batch_size else [rows] if len(rows) else []:
-                    part, claimed = self._advance(attack, target, part, lookahead)
+                    lookahead.room = self.batch_size
+                    moved = self._fitting(partial(self._advance, attack, target, part, lookahead), target, advance)
+                    left, claimed = moved or (part, [])
                     aside += claimed
-                    if len(part):
-                        active.append(part)
+                    if len(left):
+                        active.append(left)
             held, busy = sum(map(len, aside)), sum(map(len, active))
             # rows put aside are judged in full batches, or sooner when only their next runs could fill the batch
             starved = not waiting and (not busy or (busy <= 3 * self.batch_size // 4 and held >= SMALLEST_BATCH))
             if held >= self.batch_size or starved:
-                for part in self._split(Rows.join(aside)) if aside else ():
-                    again, ended = self._settle(part, runs, waiting, advance)
+                judged, aside = self._split(Rows.join(aside)) if aside else [], []
+                for part in judged:
+                    settle = partial(self._settle, part, runs, waiting, advance)
+                    if (settled := self._fitting(settle, target, advance)) is None:
+                        aside.append(part)
+                        continue
+                    again, ended = settled
                     active += again
                     advance(0, f"{ended} judged, {int(self.fooled.sum())} fooled")
-                aside = []
+
+    def _fitting(self, work: Callable[[], T], target: Target, advance: Advance) -> T | None:
+        """What ``work`` returns, or None: memory ran out, nothing happened, and batches are half as large now."""
+        counters = [(passes, passes.forwards, passes.backwards) for passes in (target.passes, self.judge.passes)]
+        try:
+            return work()
+        except RuntimeError as error:
+            if not is_out_of_memory(error) or self.batch_size <= SMALLEST_BATCH:
+                raise
+        for passes, forwards, backwards in counters:
+            passes.forwards, passes.backwards = forwards, backwards
+        self.batch_size = max(self.batch_size // 2, SMALLEST_BATCH)
+        for model in (target, self.judge):
+            model.forget()
+        free_memory()
+        advance(0, f"out of memory: batches of {self.batch_size} now")
+        return None
 
     def _start(self, attack: IterativeAttack, target: Target, items: list[tuple[int, int]]) -> Rows:
         index, run = torch.tensor(items, device=self.x.device).unbind(1)

@@ -1,0 +1,92 @@
+"""Running out of memory: batches are halved and the run goes on, with the same result."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from toys_queries import decisions, images, linear
+
+from ensdef.attack_spec import AttackSpec
+from ensdef.backend import is_out_of_memory
+from ensdef.harness import Outcome, attack_model
+from ensdef.rows import SMALLEST_BATCH
+
+needs_grad = pytest.mark.parametrize("where", ["everywhere", "with gradients", "without gradients"])
+
+
+class Small(nn.Module):
+    """A model on a device with room for ``most`` images a pass."""
+
+    def __init__(self, model: nn.Module, most: int, where: str = "everywhere") -> None:
+        super().__init__()
+        self.model, self.most, self.where = model, most, where
+        self.refused = torch.zeros(1)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Small:
+        copy = Small(self.model, self.most, self.where)
+        copy.refused = self.refused
+        return copy
+
+    def forward(self, x: Tensor) -> Tensor:
+        asked = torch.is_grad_enabled() and x.requires_grad
+        if len(x) > self.most and self.where != ("without gradients" if asked else "with gradients"):
+            self.refused += 1
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        scores: Tensor = self.model(x)
+        return scores
+
+
+def outcome(model: nn.Module, attack: str, **params: Any) -> Outcome:
+    x = images(200)
+    spec = AttackSpec.create(attack, params, "linf", 0.02)
+    return attack_model(model, x, decisions(linear(10), x), spec, health="off")
+
+
+@needs_grad
+@pytest.mark.parametrize(
+    ("attack", "params"),
+    [("pgd", {"steps": 5, "restarts": 2}), ("square", {"queries": 30}), ("deepfool", {"steps": 3})],
+)
+def test_the_result_is_the_same_in_smaller_batches(attack: str, params: dict[str, Any], where: str) -> None:
+    small = Small(linear(10), 40, where)
+    expected, found = outcome(linear(10), attack, **params), outcome(small, attack, **params)
+    assert torch.equal(found.robust, expected.robust)
+    assert torch.equal(found.x_adv, expected.x_adv)
+    assert (found.forwards, found.backwards) == (expected.forwards, expected.backwards)
+    if attack != "square" or where != "with gradients":
+        assert float(small.refused) > 0, "a test that never ran out of memory shows nothing"
+    # 128 -> 64 -> 32, in the clean pass and once in each part of the attack that met the limit
+    assert float(small.refused) <= 8
+
+
+@pytest.mark.parametrize("attack", ["pgd", "square"])
+def test_where_not_even_the_smallest_batch_fits_the_error_is_told(attack: str) -> None:
+    with pytest.raises(torch.OutOfMemoryError, match="Tried to allocate"):
+        outcome(Small(linear(10), SMALLEST_BATCH - 1), attack)
+
+
+def test_other_errors_are_no_reason_to_try_again() -> None:
+    class Broken(Small):
+        def forward(self, x: Tensor) -> Tensor:
+            self.refused += 1
+            raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
+
+        def __deepcopy__(self, memo: dict[int, Any]) -> Broken:
+            copy = Broken(self.model, self.most)
+            copy.refused = self.refused
+            return copy
+
+    broken = Broken(linear(10), 40)
+    with pytest.raises(RuntimeError, match="shapes"):
+        outcome(broken, "pgd")
+    assert float(broken.refused) == 1
+
+
+def test_the_cpu_s_own_error_is_recognised() -> None:
+    with pytest.raises(RuntimeError) as caught:
+        torch.empty(2**55, dtype=torch.uint8)
+    assert is_out_of_memory(caught.value)
+    assert not is_out_of_memory(RuntimeError("shapes cannot be multiplied"))
