@@ -26,7 +26,7 @@ from ensdef.target import Target
 from ensdef.threat import Threat
 
 SHAPE, CLASSES = (1, 8, 8), 4
-EPS = {"linf": 0.05, "l2": 0.5}
+EPS = {"linf": 0.1, "l2": 1.0}
 #: Attacks whose steps depend on the scores smoothly enough that float rounding seldom matters; one of each kind.
 ATTACKS_TRIED: tuple[tuple[str, dict[str, Any]], ...] = (
     ("fgsm", {}),
@@ -171,13 +171,13 @@ def test_a_search_in_bf16_finds_no_success_that_fp32_denies_and_both_are_never_w
 
 
 def test_the_cases_above_have_something_to_find() -> None:
-    """Neither all robust nor all fooled, over the attacks and both methods."""
+    """Of the images that are right (six in seven), the attacks fool many and leave many."""
     for method in ("nat", "soe"):
         model = ensemble(3, 3, method, 20.0)
         x, y = labelled(model, 3, 60)
         shares = []
         for name, params in ATTACKS_TRIED:
-            robust = plainly(model, x, y, AttackSpec.create(name, params, "linf", 0.05))
+            robust = plainly(model, x, y, AttackSpec.create(name, params, "linf", EPS["linf"]))
             shares.append(float(robust.float().mean()))
-        assert 0 < min(shares) < 0.6, shares
-        assert 0.3 < max(shares) < 1, shares
+        assert 0.2 < min(shares) < 0.7, [f"{share:.2f}" for share in shares]
+        assert min(shares) < max(shares) < 6 / 7, [f"{share:.2f}" for share in shares]
