@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ensdef.adversarial_sets import AdversarialSets
 from ensdef.attack_spec import AttackSpec
+from ensdef.batch_size import choose_batch_size
 from ensdef.data import Split
 from ensdef.defense import EnsembleDefense
 from ensdef.errors import UsageError
@@ -38,7 +39,7 @@ def evaluate(
     search: str = "fp32",
     combiner: str = "native",
     attack_seed: int = 0,
-    batch_size: int = 128,
+    batch_size: int | None = None,
     device: str = "auto",
     prerequisites: Mapping[str, EnsembleDefense] | None = None,
     health: Tier = "basic",
@@ -57,7 +58,7 @@ def evaluate(
         search: ``"fp32"``, ``"bf16"`` (successes re-checked in fp32), ``"bf16+fp32"`` (survivors again in fp32).
         combiner: ``"native"``, or ``avg``, ``max``, ``vote`` in place of the defence's own rule.
         attack_seed: of the keyed random numbers.
-        batch_size: rows a pass; cannot change the result.
+        batch_size: rows a pass; cannot change the result. None: 128 on the CPU, measured on a GPU.
         device: ``"auto"``, ``"cpu"`` or ``"cuda"``.
         prerequisites: trained defences that the attack asks for, by role (transfer attacks: their surrogates).
         health: of the report that fills ``flags``: ``"basic"``, ``"full"`` or ``"off"``.
@@ -90,6 +91,7 @@ def evaluate(
         seed=attack_seed,
     )
     where = resolve_device(device)
+    batch_size = batch_size or choose_batch_size(model, x.float(), where)
     outcome = attack_model(
         model,
         x.float(),

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ensdef.adversarial_sets import AdversarialSets
+from ensdef.batch_size import choose_batch_size
 from ensdef.checkpoints import (
     LAST_GOOD,
     checkpoint_folder,
@@ -34,7 +35,7 @@ class Run:
     Args:
         results: folder for records and checkpoints.
         device: ``"cpu"`` or ``"cuda"``.
-        batch_size: rows an attack pass.
+        batch_size: rows an attack pass; None: see :func:`ensdef.batch_size.choose_batch_size`.
         protocol: id written into new records.
         health: tier of the report that new records carry, and that a record must have to count as done; None: basic for
             new records, any for those that are there.
@@ -42,7 +43,7 @@ class Run:
 
     results: Path
     device: str = "cpu"
-    batch_size: int = 128
+    batch_size: int | None = None
     protocol: str | None = None
     health: Tier | None = None
 
@@ -116,13 +117,14 @@ class CellJob:
             role: load_checkpoint(checkpoint_folder(where, needed)) for role, needed in cell.prerequisites.items()
         }
         test, ids = attacked_subset(reload_data(cell.training.setting.data), cell.samples)
+        defense = load_checkpoint(folder)
         return evaluate_cell(
-            load_checkpoint(folder),
+            defense,
             cell,
             test,
             ids,
             device=run.device,
-            batch_size=run.batch_size,
+            batch_size=run.batch_size or choose_batch_size(defense, test.x(), run.device),
             checkpoint=str(checkpoint_folder(run.results, cell.training)),
             protocol=run.protocol,
             prerequisites=surrogates,

@@ -72,9 +72,7 @@ _RUN_OPTIONS = [
     click.option(
         "--batch-size",
         type=click.IntRange(min=1),
-        default=128,
-        show_default=True,
-        help="Images an attack pass; cannot change a result.",
+        help="Images an attack pass; cannot change a result [default: 128 on the CPU, measured on a GPU].",
     ),
     click.option(
         "--results",
@@ -124,7 +122,7 @@ class RunOptions:
 
     plugin: tuple[str, ...]
     device: str
-    batch_size: int
+    batch_size: int | None
     results: Path
     health: Tier | None
     executor: str
