@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from ensdef.adversarial_sets import AdversarialSets
 from ensdef.checkpoints import (
@@ -20,6 +21,7 @@ from ensdef.errors import CheckpointError, DataError, TrainingDiverged, UsageErr
 from ensdef.evaluation import blank_record, evaluate_cell
 from ensdef.health.catalogue import TIERS, Tier
 from ensdef.loading import attacked_subset, reload_data
+from ensdef.parallel import check_training
 from ensdef.progress import Progress
 from ensdef.provenance import provenance
 from ensdef.records import Record, Store
@@ -29,7 +31,7 @@ from ensdef.training import train
 
 @dataclass(frozen=True)
 class Run:
-    """Where and how cells are run; nothing here may change a result.
+    """Where and how cells are run; nothing here is part of a key.
 
     Args:
         results: folder for records and checkpoints.
@@ -38,6 +40,8 @@ class Run:
         protocol: id written into new records.
         health: tier of the report that new records carry, and that a record must have to count as done; None: basic for
             new records, any for those that are there.
+        devices: GPUs, or processes on the CPU, that share each training. Weights then differ by rounding, and where a
+            network has batch norm or a loss draws of its own by more: records tell both in ``provenance``.
     """
 
     results: Path
@@ -45,6 +49,7 @@ class Run:
     batch_size: int = 128
     protocol: str | None = None
     health: Tier | None = None
+    devices: int = 1
 
 
 def check_writable(results: Path) -> None:
@@ -77,27 +82,31 @@ def find_record(cell: Cell, results: Path, health: Tier | None = None) -> Record
     return None if record is None else dataclasses.replace(record, eps=cell.attack.written)
 
 
-def preflight(cells: Iterable[Cell], results: Path, health: Tier | None = None) -> None:
+def preflight(cells: Iterable[Cell], results: Path, health: Tier | None = None, devices: int = 1) -> None:
     """Read every record and checkpoint that a run will rely on, before anything is trained.
 
     Raises:
-        UsageError: a record is damaged.
+        UsageError: a record is damaged, or a training that is missing cannot be shared by so many devices.
         CheckpointError: a checkpoint is truncated, a pickle, or belongs to another architecture.
     """
     seen: set[str] = set()
     for cell in cells:
         if find_record(cell, results, health) is None:
             for spec in (cell.training, *cell.prerequisites.values()):
-                _check_checkpoint(spec, results, seen)
+                _check_checkpoint(spec, results, seen, devices)
 
 
-def _check_checkpoint(spec: TrainSpec, results: Path, seen: set[str]) -> None:
+def _check_checkpoint(spec: TrainSpec, results: Path, seen: set[str], devices: int) -> None:
     folder = checkpoint_folder(results, spec)
-    if spec.key not in seen and is_complete(folder, spec):
-        load_checkpoint(folder)
+    trained = is_complete(folder, spec)
+    if spec.key not in seen:
+        if trained:
+            load_checkpoint(folder)
+        else:
+            check_training(spec, devices)
     seen.add(spec.key)
     for needed in spec.prerequisites.values():
-        _check_checkpoint(needed, results, seen)
+        _check_checkpoint(needed, results, seen, 1 if trained else devices)
 
 
 def run_cells(cells: Iterable[Cell], run: Run, progress: Progress | None = None) -> list[Record]:
@@ -123,6 +132,7 @@ def run_cell(cell: Cell, run: Run, progress: Progress, failures: dict[str, str])
             role: load_checkpoint(checkpoint_folder(run.results, needed)) for role, needed in cell.prerequisites.items()
         }
         folder = checkpoint_folder(run.results, cell.training)
+        trained = training_report(folder)
         test, ids = attacked_subset(reload_data(cell.training.setting.data), cell.samples)
         record = evaluate_cell(
             load_checkpoint(folder),
@@ -135,7 +145,8 @@ def run_cell(cell: Cell, run: Run, progress: Progress, failures: dict[str, str])
             protocol=run.protocol,
             prerequisites=surrogates,
             sets=AdversarialSets(run.results),
-            trained_with=training_report(folder).get("health", ()),
+            trained_with=trained.get("health", ()),
+            trained_on=_trained_on(trained),
             health=run.health or "basic",
             progress=progress,
         )
@@ -146,6 +157,11 @@ def run_cell(cell: Cell, run: Run, progress: Progress, failures: dict[str, str])
         record = dataclasses.replace(record, provenance={**provenance(run.device), **record.provenance})
         progress.message(f"failed: {record.label} under {record.attack_label}: {record.error}")
     return store.write(record)
+
+
+def _trained_on(report: Mapping[str, Any]) -> dict[str, Any]:
+    """What a record's provenance tells of the devices of the training; reports of one device may leave them out."""
+    return {"devices": 1, **{name: report[name] for name in ("devices", "batch_norm") if name in report}}
 
 
 def describe(error: Exception) -> str:
@@ -166,8 +182,9 @@ def ensure_trained(spec: TrainSpec, run: Run, progress: Progress) -> Path:
     prerequisites = {
         role: load_checkpoint(ensure_trained(needed, run, progress)) for role, needed in spec.prerequisites.items()
     }
+    data = reload_data(spec.setting.data)
     try:
-        trained = train(spec, reload_data(spec.setting.data), prerequisites, device=run.device, progress=progress)
+        trained = train(spec, data, prerequisites, device=run.device, devices=run.devices, progress=progress)
     except TrainingDiverged as error:
         kept = save_last_good(folder, error.last_good, spec, str(error))
         raise TrainingDiverged(f"{error} (weights of the last good epoch: {kept})") from error

@@ -66,6 +66,13 @@ _RUN_OPTIONS = [
     click.option("--plugin", multiple=True, metavar="FILE_OR_MODULE", help="Load a plug-in (repeatable)."),
     click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True),
     click.option(
+        "--devices",
+        type=click.IntRange(min=1),
+        default=1,
+        show_default=True,
+        help="GPUs, or processes with --device cpu, that share each training.",
+    ),
+    click.option(
         "--batch-size",
         type=click.IntRange(min=1),
         default=128,
@@ -132,6 +139,7 @@ def bench(
     seed: str | None,
     plugin: tuple[str, ...],
     device: str,
+    devices: int,
     batch_size: int,
     results: Path,
     health: Tier | None,
@@ -155,7 +163,7 @@ def bench(
             recipes=without(protocol.recipes, config),
             method_recipes=without(protocol.method_recipes, config),
         )
-    _go(protocol, "bench", None, plugin, device, batch_size, results, health, as_json, dry_run)
+    _go(protocol, "bench", None, plugin, device, devices, batch_size, results, health, as_json, dry_run)
 
 
 @cli.command()
@@ -166,6 +174,7 @@ def run(
     config: dict[str, Any],
     plugin: tuple[str, ...],
     device: str,
+    devices: int,
     batch_size: int,
     results: Path,
     health: Tier | None,
@@ -179,7 +188,7 @@ def run(
     asked = _overlay(loaded, given, seed)
     # records of a protocol that was changed on the command line do not carry its id
     protocol_id = asked.id if asked == loaded else None
-    _go(asked, asked.name, protocol_id, plugin, device, batch_size, results, health, as_json, dry_run)
+    _go(asked, asked.name, protocol_id, plugin, device, devices, batch_size, results, health, as_json, dry_run)
 
 
 def _overlay(protocol: Protocol, given: dict[str, Any], seed: str | None) -> Protocol:
@@ -198,6 +207,7 @@ def _go(
     protocol_id: str | None,
     plugins: tuple[str, ...],
     device: str,
+    devices: int,
     batch_size: int,
     results: Path,
     health: Tier | None,
@@ -209,17 +219,19 @@ def _go(
     for plugin in plugins:
         load_plugin(plugin)
     from ensdef.evaluation import resolve_device
+    from ensdef.parallel import check_devices
     from ensdef.progress import ConsoleProgress
     from ensdef.runner import Run, check_writable, preflight, run_cells
 
     where = resolve_device(device)
+    check_devices(devices, where)
     check_writable(results)
     cells, _ = plan(protocol)
     if dry_run:
         _print_plan(cells, results, health)
         return
-    preflight(cells, results, health)
-    records = run_cells(cells, Run(results, where, batch_size, protocol_id, health), ConsoleProgress())
+    preflight(cells, results, health, devices)
+    records = run_cells(cells, Run(results, where, batch_size, protocol_id, health, devices), ConsoleProgress())
     _report(records, protocol, table, results, as_json)
     if any(record.error for record in records):
         sys.exit(1)
