@@ -12,6 +12,7 @@ import pickle
 import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -27,11 +28,14 @@ from torch.multiprocessing.spawn import ProcessException, start_processes
 from ensdef.build import build_defense
 from ensdef.defense import Terms
 from ensdef.errors import PluginError, TrainingDiverged, UsageError
+from ensdef.records import write_bytes
 from ensdef.registry import load_plugin, loaded_plugins
 from ensdef.specs import TrainSpec
 
 #: Images of a batch that a process has at least: batch norm cannot train on one.
 SMALLEST_SHARE = 2
+#: How long processes wait for one: the first alone looks at held-out images. One that died is noticed at once.
+PATIENCE = timedelta(hours=2)
 #: What the work of :func:`launch` raises in all processes alike, so that none of them waits for another.
 _RAISED_BY_ALL = TrainingDiverged
 
@@ -118,11 +122,13 @@ class Share:
             torch.zeros(parameter.numel(), dtype=parameter.dtype, device=device) if gradient is None else gradient
             for parameter, gradient in zip(parameters, gradients, strict=True)
         ]
-        present = torch.tensor([float(gradient is not None) for gradient in gradients], device=device)
+        # on the CPU, as what is agreed on in meet: reading it from a GPU would stall that
+        present = torch.tensor([int(gradient is not None) for gradient in gradients])
+        dist.all_reduce(present, op=dist.ReduceOp.MAX)
         values = torch.stack([terms[name].detach().float() for name in names]).to(device) * weight
-        flat = torch.cat([part.flatten() for part in [*parts, present, values]])
+        flat = torch.cat([part.flatten() for part in [*parts, values]])
         dist.all_reduce(flat)
-        *parts, present, values = flat.split([parameter.numel() for parameter in parameters] + [len(parts), len(names)])
+        *parts, values = flat.split([parameter.numel() for parameter in parameters] + [len(names)])
         for parameter, part, given in zip(parameters, parts, present.tolist(), strict=True):
             if given:
                 if parameter.grad is None:
@@ -215,12 +221,13 @@ def launch(work: Callable[..., Any], arguments: tuple[Any, ...], *, devices: int
             # others may have failed because the first to fail left them
             failures = sorted(folder.glob("failure-*"), key=lambda path: path.stat().st_mtime_ns)
             if failures:
-                raise torch.load(failures[0], weights_only=False) from error
+                raise pickle.loads(failures[0].read_bytes()) from error
             raise RuntimeError(f"a training process ended without a word ({error}); it may lack memory") from error
         finally:
             for process in context.processes:
                 if process.is_alive():
                     process.terminate()
+                process.join()
         outcome = torch.load(folder / "outcome", weights_only=False)
     if isinstance(outcome, _RAISED_BY_ALL):
         raise outcome
@@ -247,7 +254,7 @@ def _process(
             torch.save(outcome, folder / "outcome")
         dist.destroy_process_group()
     except Exception as error:
-        torch.save(_picklable(error), folder / f"failure-{rank}")
+        write_bytes(folder / f"failure-{rank}", _pickled(error))
         raise
 
 
@@ -267,14 +274,16 @@ def _meet_the_others(rank: int, count: int, folder: Path, device: str, precision
         init_method=(folder / "meeting").as_uri(),
         rank=rank,
         world_size=count,
+        timeout=PATIENCE,
     )
     fabric.launch()
     return fabric
 
 
-def _picklable(error: Exception) -> Exception:
+def _pickled(error: Exception) -> bytes:
     try:
-        pickle.loads(pickle.dumps(error))
+        content = pickle.dumps(error)
+        pickle.loads(content)
     except Exception:  # an exception of other people's making may do anything
-        return RuntimeError(f"{type(error).__name__}: {error}")
-    return error
+        return pickle.dumps(RuntimeError(f"{type(error).__name__}: {error}"))
+    return content
