@@ -15,8 +15,23 @@ from ensdef.folding import FoldedCopy
 from ensdef.losses import cross_entropy
 from ensdef.notation import relative
 from ensdef.recipe import InnerAttack
-from ensdef.rng import BatchRandom
+from ensdef.rng import BatchRandom, Random
 from ensdef.threat import TINY, Threat
+
+
+@dataclass(frozen=True)
+class Part:
+    """What one of several processes has of a batch.
+
+    Args:
+        rows: its images.
+        total: number of images in the batch.
+        rng: for draws of its own.
+    """
+
+    rows: slice
+    total: int
+    rng: torch.Generator
 
 
 class Adversary:
@@ -36,15 +51,22 @@ class Adversary:
         self.norm = norm
         self.eps = eps
         self.rng = torch.Generator()
+        self.part: Part | None = None
         self.threat = Threat(norm, eps[1])
         self._copies: dict[int, FoldedCopy] = {}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Adversary:
         return self  # a copied defence shares the adversary: copying it would copy the defence once more
 
-    def begin_batch(self, rng: torch.Generator) -> None:
-        """Use ``rng`` for this batch, and draw its radius."""
+    def begin_batch(self, rng: torch.Generator, part: Part | None = None) -> None:
+        """Use ``rng`` for this batch, and draw its radius.
+
+        Where the batch is shared by processes, all of them give the same ``rng``, and each its ``part``: attacks on
+        the whole part start where one process would have started them. Attacks on fewer or more images (on those that
+        one member answers) start at random points of the process's own.
+        """
         self.rng = rng
+        self.part = part
         low, high = self.eps
         share = float(torch.rand((), generator=rng, device=rng.device)) if high > low else 0.0
         self.threat = Threat(self.norm, low + share * (high - low))
@@ -73,7 +95,7 @@ class Adversary:
                     y = surface(x).argmax(dim=1)
             x_adv = x
             if (start or self.attack.start) == "uniform":
-                x_adv = threat.random_start(x, BatchRandom(self.rng, len(x)))
+                x_adv = threat.random_start(x, self._draws(len(x)))
             velocity = torch.zeros_like(x)
             for _ in range(steps):
                 x_adv = x_adv.detach().requires_grad_()
@@ -98,6 +120,13 @@ class Adversary:
         if copy is None or copy.source is not module:
             copy = self._copies[id(module)] = FoldedCopy(module)
         return copy.refresh()
+
+    def _draws(self, size: int) -> Random:
+        if self.part is None:
+            return BatchRandom(self.rng, size)
+        if size == self.part.rows.stop - self.part.rows.start:
+            return BatchRandom(self.rng, self.part.total, self.part.rows)
+        return BatchRandom(self.part.rng, size)
 
     @contextmanager
     def _attacked(self, objective: Objective) -> Iterator[Any]:

@@ -26,14 +26,15 @@ Objective = nn.Module | Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Batch:
-    """One training batch.
+    """One training batch, or the part of it that this process has where several devices share it.
 
     Args:
         x: images in [0, 1], augmented, (B, C, H, W).
         y: labels, (B,).
         ids: positions in the training set, (B,).
         streams: further independent (x, y) batches, where the defence asks for them (``streams = 2``: one).
-        rng: generator on the device of ``x``, seeded by (training seed, epoch, batch).
+        rng: generator on the device of ``x``, seeded by (training seed, epoch, batch); each of several processes has
+            its own, so what is to be the same for the whole batch is drawn in ``begin_epoch``.
     """
 
     x: Tensor
@@ -108,7 +109,7 @@ class EnsembleDefense(nn.Module, ABC):
     streams: ClassVar[int] = 1
     #: How members become one decision; picks the adaptive attacks.
     combiner: ClassVar[Literal["mean", "max", "vote", "select", "gate", "other"]] = "mean"
-    #: True when the loss is not a mean over examples, so that splitting a batch over devices changes it.
+    #: True when the loss is not a mean over examples, so that splitting a batch over devices changes it: refused there.
     batch_coupled: ClassVar[bool] = False
     #: Number of members, where the defence fixes it; None: ``--members`` decides.
     fixed_members: ClassVar[int | None] = None
@@ -181,7 +182,8 @@ class EnsembleDefense(nn.Module, ABC):
             progress: fraction of all training steps done, in [0, 1).
         Returns:
             named scalar terms, already signed and weighted, whose sum is minimised in one optimiser step; or a
-            generator that yields several such dicts, one optimiser step each.
+            generator that yields several such dicts, one optimiser step each. Neither names nor number of dicts may
+            depend on the images or on draws from ``batch.rng``: processes that share a batch step together.
         """
 
     def begin_epoch(self, epoch: int, rng: torch.Generator) -> None:

@@ -143,6 +143,7 @@ def evaluate_cell(
     prerequisites: Mapping[str, EnsembleDefense] | None = None,
     sets: AdversarialSets | None = None,
     trained_with: Sequence[Mapping[str, Any]] = (),
+    trained_on: Mapping[str, Any] | None = None,
     health: Tier = "basic",
     progress: Progress | None = None,
 ) -> Record:
@@ -152,6 +153,7 @@ def evaluate_cell(
         test, ids: its images, and their positions in the whole test set.
         sets: where adversarial images crafted on surrogates are kept.
         trained_with: findings about the training, which become flags of the record, before those about the attack.
+        trained_on: what provenance tells of the training's devices.
         health: tier of the report on the attack.
     """
     outcome = attack_model(
@@ -168,7 +170,13 @@ def evaluate_cell(
         progress=progress,
     )
     record = blank_record(cell, protocol, checkpoint=checkpoint)
-    source = {**provenance(device), **record.provenance, "batch_size": batch_size, "health": health}
+    source = {
+        **provenance(device),
+        **record.provenance,
+        **(trained_on or {}),
+        "batch_size": batch_size,
+        "health": health,
+    }
     found = fill_in(dataclasses.replace(record, provenance=source), outcome, ids.tolist())
     return dataclasses.replace(found, flags=[*map(dict, trained_with), *found.flags])
 

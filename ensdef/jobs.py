@@ -30,7 +30,7 @@ from ensdef.training import train
 
 @dataclass(frozen=True)
 class Run:
-    """Where and how cells are run; nothing here may change a result.
+    """Where and how cells are run; nothing here is part of a key.
 
     Args:
         results: folder for records and checkpoints.
@@ -39,6 +39,8 @@ class Run:
         protocol: id written into new records.
         health: tier of the report that new records carry, and that a record must have to count as done; None: basic for
             new records, any for those that are there.
+        devices: GPUs, or processes on the CPU, that share each training. Weights then differ by rounding, and where a
+            network has batch norm or a loss draws of its own by more: records tell both in ``provenance``.
     """
 
     results: Path
@@ -46,6 +48,7 @@ class Run:
     batch_size: int | None = None
     protocol: str | None = None
     health: Tier | None = None
+    devices: int = 1
 
 
 @dataclass(frozen=True)
@@ -78,14 +81,14 @@ class TrainJob:
         prerequisites = {
             role: load_checkpoint(checkpoint_folder(where, needed)) for role, needed in spec.prerequisites.items()
         }
-        data = reload_data(spec.setting.data)
+        data, run = reload_data(spec.setting.data), self.run
         try:
-            trained = train(spec, data, prerequisites, device=self.run.device, progress=progress)
+            trained = train(spec, data, prerequisites, device=run.device, devices=run.devices, progress=progress)
         except TrainingDiverged as error:
             save_last_good(folder, error.last_good, spec, str(error))
-            kept = checkpoint_folder(self.run.results, spec) / LAST_GOOD
+            kept = checkpoint_folder(run.results, spec) / LAST_GOOD
             raise TrainingDiverged(f"{error} (weights of the last good epoch: {kept})") from error
-        save_checkpoint(folder, trained.defense, spec, {**trained.report, "provenance": provenance(self.run.device)})
+        save_checkpoint(folder, trained.defense, spec, {**trained.report, "provenance": provenance(run.device)})
 
 
 @dataclass(frozen=True)
@@ -117,7 +120,7 @@ class CellJob:
             role: load_checkpoint(checkpoint_folder(where, needed)) for role, needed in cell.prerequisites.items()
         }
         test, ids = attacked_subset(reload_data(cell.training.setting.data), cell.samples)
-        defense = load_checkpoint(folder)
+        defense, trained = load_checkpoint(folder), training_report(folder)
         return evaluate_cell(
             defense,
             cell,
@@ -129,7 +132,8 @@ class CellJob:
             protocol=run.protocol,
             prerequisites=surrogates,
             sets=AdversarialSets(where),
-            trained_with=training_report(folder).get("health", ()),
+            trained_with=trained.get("health", ()),
+            trained_on={"devices": 1, **{name: trained[name] for name in ("devices", "batch_norm") if name in trained}},
             health=run.health or "basic",
             progress=progress,
         )

@@ -41,6 +41,9 @@ class ConsoleProgress(Progress):
 
         self.console = Console(stderr=True, highlight=False)
 
+    def __reduce__(self) -> tuple[type[ConsoleProgress], tuple[()]]:
+        return type(self), ()  # in another process: its standard error is ours, its console is its own
+
     def message(self, text: str) -> None:
         self.console.print(text, markup=False, soft_wrap=True)
 

@@ -21,7 +21,7 @@ from ensdef.checkpoints import SPEC, WEIGHTS, checkpoint_folder
 from ensdef.errors import UsageError
 from ensdef.jobs import Job, Result, attempt
 from ensdef.progress import Progress
-from ensdef.registry import load_plugin
+from ensdef.registry import load_plugin, loaded_plugins
 
 #: Seconds until a cluster that does not answer is given up.
 PATIENCE = 10.0
@@ -34,11 +34,10 @@ _SETS = "adversarial_sets"
 
 
 class RayExecutor:
-    """Sends jobs to Ray.
+    """Sends jobs to Ray; plug-ins loaded here are loaded there.
 
     Args:
         results: the driver's results folder.
-        plugins: files or modules that workers have to load first.
         address: of a running cluster, ``host:port``, ``ray://host:port`` or ``auto``; None: a cluster of this machine,
             which ends with the executor.
         cpus, gpus: what a job takes of its node; it uses as many threads as it has cores.
@@ -51,7 +50,6 @@ class RayExecutor:
     def __init__(
         self,
         results: Path,
-        plugins: Sequence[str] = (),
         address: str | None = None,
         cpus: float = 1.0,
         gpus: float = 0.0,
@@ -64,7 +62,7 @@ class RayExecutor:
         except ImportError as error:
             raise UsageError("--executor ray needs Ray; install it with `pip install ensdef[ray]`") from error
         self.results = results
-        self.plugins = tuple(str(Path(one).resolve()) if Path(one).is_file() else one for one in plugins)
+        self.plugins = loaded_plugins()
         self._ray: Any = ray
         self._connect(address)
         self._wanted = {"CPU": cpus, "GPU": gpus}

@@ -199,6 +199,26 @@ class Registry(Generic[T]):
         return {point.name: point for point in entry_points(group=self.group)}
 
 
+#: What :func:`load_plugin` imported (absolute paths of files, names of modules), and what was registered by it.
+_LOADED: dict[str, dict[tuple[str, str], Any]] = {}
+
+
+def loaded_plugins() -> tuple[str, ...]:
+    """What another process must load to know the same plug-ins; in order, without those that were forgotten since."""
+    present = _registrations()
+    return tuple(
+        where for where, plugins in _LOADED.items() if all(present.get(key) is plugins[key] for key in plugins)
+    )
+
+
+def _registrations() -> dict[tuple[str, str], Any]:
+    return {
+        (registry.kind, name): plugin
+        for registry in (METHODS, ATTACKS, ARCHITECTURES, DATASETS)
+        for name, plugin in registry._registered.items()
+    }
+
+
 def load_plugin(where: str) -> None:
     """Import a plug-in file (``my_defense.py``) or module (``package.module``), so that it registers itself.
 
@@ -210,7 +230,7 @@ def load_plugin(where: str) -> None:
         if not path.is_file():
             raise PluginError(f"--plugin {where}: no such file")
         digest = hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:8]
-        module_name = f"ensdef_plugin_{path.resolve().stem}_{digest}"
+        module_name, there = f"ensdef_plugin_{path.resolve().stem}_{digest}", str(path.resolve())
         known = sys.modules.get(module_name)
         if known is not None and getattr(known, "__file__", None) == str(path.resolve()):
             return
@@ -221,8 +241,9 @@ def load_plugin(where: str) -> None:
         sys.modules[module_name] = module
         load: Callable[[], Any] = lambda: spec.loader.exec_module(module)  # type: ignore[union-attr]  # noqa: E731
     else:
-        module_name = where
+        module_name = there = where
         load = lambda: importlib.import_module(where)  # noqa: E731
+    before = _registrations()
     try:
         load()
     except UsageError as error:
@@ -231,6 +252,8 @@ def load_plugin(where: str) -> None:
     except Exception as error:
         sys.modules.pop(module_name, None)
         raise PluginError(f"--plugin {where} does not import: {type(error).__name__}: {error}") from error
+    new = {key: plugin for key, plugin in _registrations().items() if key not in before}
+    _LOADED[there] = {**_LOADED.get(there, {}), **new}
 
 
 def registered_names(path: Path, decorator: str) -> list[str]:

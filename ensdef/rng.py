@@ -97,20 +97,26 @@ class Random(Protocol):
 
 
 class BatchRandom:
-    """The draws of :class:`Random` from an ordinary generator, for training batches of ``size`` images."""
+    """The draws of :class:`Random` from an ordinary generator, for training batches of ``size`` images.
 
-    def __init__(self, generator: torch.Generator, size: int) -> None:
+    With ``rows``, those of a part of the batch: drawn for the whole batch all the same, so that every process of a
+    training gets its own part of the same draws.
+    """
+
+    def __init__(self, generator: torch.Generator, size: int, rows: slice = slice(None)) -> None:
         self.generator = generator
         self.size = size
+        self.rows = rows
 
     def uniform(self, *shape: int, low: float = 0.0, high: float = 1.0) -> Tensor:
-        """Uniform in [low, high), float32, (size, *shape)."""
+        """Uniform in [low, high), float32, (size, *shape), or as many as ``rows`` are."""
         drawn = torch.rand(self.size, *shape, generator=self.generator, device=self.generator.device)
-        return drawn.mul_(high - low).add_(low)
+        return drawn[self.rows].mul_(high - low).add_(low)
 
     def normal(self, *shape: int) -> Tensor:
-        """Standard normal, float32, (size, *shape)."""
-        return torch.randn(self.size, *shape, generator=self.generator, device=self.generator.device)
+        """Standard normal, float32, (size, *shape), or as many as ``rows`` are."""
+        drawn = torch.randn(self.size, *shape, generator=self.generator, device=self.generator.device)
+        return drawn[self.rows]
 
 
 def derived_generator(device: torch.device, *key: int) -> torch.Generator:

@@ -13,6 +13,7 @@ from ensdef.errors import UsageError
 from ensdef.executor import Executor, LocalExecutor
 from ensdef.health.catalogue import TIERS, Tier
 from ensdef.jobs import CellJob, Job, Result, Run, TrainJob, is_trained
+from ensdef.parallel import check_training
 from ensdef.progress import Advance, Progress
 from ensdef.records import Record, Store, write_bytes
 from ensdef.specs import Cell, TrainSpec
@@ -53,26 +54,30 @@ def find_record(cell: Cell, results: Path, health: Tier | None = None) -> Record
     return None if record is None else dataclasses.replace(record, eps=cell.attack.written)
 
 
-def preflight(cells: Iterable[Cell], results: Path, health: Tier | None = None) -> None:
+def preflight(cells: Iterable[Cell], results: Path, health: Tier | None = None, devices: int = 1) -> None:
     """Read every record and checkpoint that a run will rely on, before anything is trained.
 
     Raises:
-        UsageError: a record is damaged.
+        UsageError: a record is damaged, or a training that is missing cannot be shared by so many devices.
         CheckpointError: a checkpoint is truncated, a pickle, or belongs to another architecture.
     """
     seen: set[str] = set()
     for cell in cells:
         if find_record(cell, results, health) is None:
             for spec in (cell.training, *cell.prerequisites.values()):
-                _check_checkpoint(spec, results, seen)
+                _check_checkpoint(spec, results, seen, devices)
 
 
-def _check_checkpoint(spec: TrainSpec, results: Path, seen: set[str]) -> None:
-    if spec.key not in seen and is_trained(spec, results):
-        load_checkpoint(checkpoint_folder(results, spec))
+def _check_checkpoint(spec: TrainSpec, results: Path, seen: set[str], devices: int) -> None:
+    trained = is_trained(spec, results)
+    if spec.key not in seen:
+        if trained:
+            load_checkpoint(checkpoint_folder(results, spec))
+        else:
+            check_training(spec, devices)
     seen.add(spec.key)
     for needed in spec.prerequisites.values():
-        _check_checkpoint(needed, results, seen)
+        _check_checkpoint(needed, results, seen, 1 if trained else devices)
 
 
 def run_cells(

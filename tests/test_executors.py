@@ -405,6 +405,16 @@ def test_options_of_ray_are_refused_without_it(option: str, tmp_path: Path) -> N
     assert f"{option} is for --executor ray" in result.output
 
 
+def test_several_devices_are_for_one_machine(tmp_path: Path) -> None:
+    from click.testing import CliRunner
+
+    from ensdef.cli import cli
+
+    result = CliRunner().invoke(cli, ["bench", "--executor", "ray", "--devices", "2", "--results", str(tmp_path)])
+    assert result.exit_code == 2
+    assert "leave --devices out" in result.output
+
+
 def test_jobs_travel_as_bytes() -> None:
     import pickle
 

@@ -70,6 +70,13 @@ _RUN_OPTIONS = [
     click.option("--plugin", multiple=True, metavar="FILE_OR_MODULE", help="Load a plug-in (repeatable)."),
     click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True),
     click.option(
+        "--devices",
+        type=click.IntRange(min=1),
+        default=1,
+        show_default=True,
+        help="GPUs, or processes with --device cpu, that share each training.",
+    ),
+    click.option(
         "--batch-size",
         type=click.IntRange(min=1),
         help="Images an attack pass; cannot change a result [default: 128 on the CPU, measured on a GPU].",
@@ -122,6 +129,7 @@ class RunOptions:
 
     plugin: tuple[str, ...]
     device: str
+    devices: int
     batch_size: int | None
     results: Path
     health: Tier | None
@@ -144,6 +152,11 @@ class RunOptions:
             for name in ("ray_address", "cpus_per_cell", "gpus_per_cell"):
                 if getattr(options, name) is not None:
                     raise UsageError(f"--{name.replace('_', '-')} is for --executor ray; the executor is local")
+        elif options.devices > 1:
+            raise UsageError(
+                f"--devices is {options.devices}, which shares each training among the devices of this machine; with "
+                "--executor ray several trainings run at once instead, each on one device: leave --devices out"
+            )
         return options
 
     def make_executor(self, progress: Progress) -> Executor:
@@ -159,7 +172,7 @@ class RunOptions:
         from ensdef.ray_executor import RayExecutor
 
         gpus = self.gpus_per_cell if self.gpus_per_cell is not None else float(self.device == "cuda")
-        return RayExecutor(self.results, self.plugin, self.ray_address, self.cpus_per_cell or 1.0, gpus)
+        return RayExecutor(self.results, self.ray_address, self.cpus_per_cell or 1.0, gpus)
 
     def resolve_device(self) -> str:
         """The device of the cells; with Ray, that of the workers, which this process may not see."""
@@ -254,19 +267,22 @@ def _go(protocol: Protocol, table: str, protocol_id: str | None, options: RunOpt
 
     for plugin in options.plugin:
         load_plugin(plugin)
+    from ensdef.parallel import check_devices
     from ensdef.progress import ConsoleProgress
     from ensdef.runner import Run, check_writable, preflight, run_cells
 
     results, health = options.results, options.health
     where = options.resolve_device()
+    if options.executor == "local":
+        check_devices(options.devices, where)
     check_writable(results)
     cells, _ = plan(protocol)
     if options.dry_run:
         _print_plan(cells, results, health)
         return
-    preflight(cells, results, health)
+    preflight(cells, results, health, options.devices)
     progress = ConsoleProgress()
-    run = Run(results, where, options.batch_size, protocol_id, health)
+    run = Run(results, where, options.batch_size, protocol_id, health, options.devices)
     with contextlib.redirect_stdout(sys.stderr):  # plug-ins and Ray print where they like; stdout is for the results
         records = run_cells(cells, run, progress, options.make_executor(progress))
     _report(records, protocol, table, results, options.as_json)
