@@ -21,8 +21,9 @@ from ensdef.data import Data, Split
 from ensdef.defense import Batch, EnsembleDefense, Terms
 from ensdef.errors import PluginError, TrainingDiverged
 from ensdef.footnotes import flag_note
+from ensdef.launch import launch
 from ensdef.losses import cross_entropy
-from ensdef.parallel import Share, check_devices, check_training, launch, share_batch_norm
+from ensdef.parallel import Share, check_devices, check_training, share_batch_norm
 from ensdef.progress import Progress
 from ensdef.recipe import Recipe, parse_train_eps
 from ensdef.registry import METHODS
