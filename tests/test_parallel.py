@@ -40,14 +40,15 @@ BARE = "cce_mnist[dropout=0]"
 @pytest.fixture(scope="module", autouse=True)
 def _plugin() -> Iterator[None]:
     """The toys, loaded as ``--plugin`` loads them, and forgotten afterwards."""
-    before, modules = dict(METHODS._registered), set(sys.modules)
+    modules = set(sys.modules)
     load_plugin(str(PLUGIN))
     yield
-    for name in set(METHODS._registered) - set(before):
-        METHODS._registered.pop(name)
-    for name in set(sys.modules) - modules:
-        if name.startswith("ensdef_plugin_"):
-            del sys.modules[name]
+    loaded = {name for name in set(sys.modules) - modules if name.startswith("ensdef_plugin_")}
+    for name, method in dict(METHODS._registered).items():
+        if method.__module__ in loaded:
+            METHODS._registered.pop(name)
+    for name in loaded:
+        del sys.modules[name]
 
 
 def bare(method: str, data: Data, **changes: Any) -> TrainSpec:
