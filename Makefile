@@ -1,4 +1,4 @@
-.PHONY: install check test smoke tables
+.PHONY: install check test smoke tables speed speed-full
 
 install:
 	pip install -e '.[test,lint]'
@@ -17,3 +17,12 @@ smoke:
 
 tables:
 	ensdef table --all --check
+
+# benchmarks/speed/README.md; DATA=folder of images (default: the digits), CHECKPOINT=folder of a trained defence
+SUBJECT = $(if $(DATA),--data-dir $(DATA)) $(if $(CHECKPOINT),--checkpoint $(CHECKPOINT))
+
+speed:
+	python benchmarks/speed/suite.py --size small $(SUBJECT)
+
+speed-full:
+	python benchmarks/speed/suite.py --size full $(SUBJECT)
