@@ -102,6 +102,7 @@ class Session:
         self, attack: IterativeAttack, target: Target, alive: Tensor, runs: int, advance: Advance
     ) -> None:
         lookahead = Lookahead(attack, self.threat, self._checked, self.seed, self.ids, self.batch_size)
+        lookahead.possible &= self.spec.success == "any"  # else the observer would miss points on the way
         waiting = deque((index, 0) for index in alive.tolist())
         active: list[Rows] = []
         aside: list[Rows] = []
