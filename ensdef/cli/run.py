@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
+import time
 import tomllib
 from collections.abc import Callable
 from pathlib import Path
@@ -85,8 +86,17 @@ _RUN_OPTIONS = [
         help="Whether gradients lie: basic adds at most a tenth of the attack's passes, full runs small attacks; "
         "records of a lower tier are made anew only when this is given [default: basic].",
     ),
-    click.option("--json", "as_json", is_flag=True, help="Records as a JSON array on stdout, all else on stderr."),
-    click.option("--dry-run", is_flag=True, help="List the cells, done and to do, and stop."),
+    click.option(
+        "--json",
+        "as_json",
+        is_flag=True,
+        help="Records (of a dry run: the plan) as JSON on stdout, all else on stderr.",
+    ),
+    click.option(
+        "--dry-run",
+        is_flag=True,
+        help="List the cells, done and to do, with estimates of time, passes and memory, and stop.",
+    ),
 ]
 
 
@@ -216,7 +226,7 @@ def _go(
     check_writable(results)
     cells, _ = plan(protocol)
     if dry_run:
-        _print_plan(cells, results, health)
+        _print_plan(cells, results, where, batch_size, health, as_json)
         return
     preflight(cells, results, health)
     records = run_cells(cells, Run(results, where, batch_size, protocol_id, health), ConsoleProgress())
@@ -237,15 +247,17 @@ def _report(records: list[Record], protocol: Protocol, table: str, results: Path
         click.echo(json.dumps([record.summary() for record in records], indent=1))
 
 
-def _print_plan(cells: list[Cell], results: Path, health: Tier | None) -> None:
-    from ensdef.checkpoints import checkpoint_folder, is_complete
-    from ensdef.runner import find_record
+def _print_plan(
+    cells: list[Cell], results: Path, where: str, batch_size: int, health: Tier | None, as_json: bool
+) -> None:
+    from ensdef.planner import estimate
+    from ensdef.planner.text import as_json as json_of
+    from ensdef.planner.text import cell_lines, summary_lines
 
-    for cell in cells:
-        trained = is_complete(checkpoint_folder(results, cell.training), cell.training)
-        state = "done" if find_record(cell, results, health) else "attack" if trained else "train and attack"
-        click.echo(
-            f"{state:17} {cell.training.model.method_call} seed {cell.training.setting.seed}  "
-            f"{cell.attack.call} {cell.attack.norm or ''} {cell.attack.written or ''}  n={cell.samples}  "
-            f"{cell.key[:16]}"
-        )
+    # until here a run does the same, so that it will take as long to get here
+    startup = time.process_time()
+    made = estimate(cells, results, device=where, batch_size=batch_size, health=health, startup=startup)
+    for line in (*cell_lines(made), "", *summary_lines(made, where)):
+        click.echo(line, err=as_json)
+    if as_json:
+        click.echo(json.dumps(json_of(made), indent=1))
