@@ -142,7 +142,7 @@ def cell_work(
             runs = part.runs(model.traits.num_classes)
             one = iterative_work(model, known, left, alive - left, runs)
         else:
-            one = whole_work(known, left, alive - left)
+            one = whole_work(model, known, left, alive - left)
         seconds, forwards, backwards = seconds + one.seconds, forwards + one.forwards, backwards + one.backwards
         alive = left
     seconds += health_seconds(model, cell, survivors, health, forwards)
@@ -175,12 +175,13 @@ def iterative_work(model: AttackedModel, rates: StepRates, left: float, falling:
     return Work(seconds, forwards, steps * rates.backwards)
 
 
-def whole_work(rates: WholeRates, left: float, falling: float) -> Work:
-    """A wrapped attack on all its images at once."""
+def whole_work(model: AttackedModel, rates: WholeRates, left: float, falling: float) -> Work:
+    """A wrapped attack on all its images at once, and the judgement of what it offers."""
     rows = left + falling * rates.fooled
     seconds = rates.lasts(left) if left >= 0.5 else 0.0
     seconds += rates.fooled * rates.lasts(falling) if falling >= 0.5 else 0.0
-    return Work(seconds, rows * rates.forwards, rows * rates.backwards)
+    ends = left + falling
+    return Work(seconds + ends * model.forward, rows * rates.forwards + ends * model.members, rows * rates.backwards)
 
 
 def health_seconds(model: AttackedModel, cell: Cell, survivors: Survivors, health: Tier, forwards: float) -> float:

@@ -23,7 +23,7 @@ from ensdef.loading import attacked_subset, reload_data
 from ensdef.planner.attack import AttackedModel, Rates, cell_work
 from ensdef.planner.crafting import crafting_work
 from ensdef.planner.stopwatch import Stopwatch
-from ensdef.planner.survivors import Survivors, assumed, measured
+from ensdef.planner.survivors import CLEAN, NATURAL, NATURAL_BLIND, OTHER_NORM, TRAINED, Survivors, assumed, measured
 from ensdef.planner.training import TrainingRates, probe_training
 from ensdef.planner.work import Work
 from ensdef.registry import ATTACKS
@@ -158,7 +158,7 @@ class _Planner:
             data = reload_data(spec.setting.data)
             recipe = dataclasses.asdict(dataclasses.replace(spec.recipe, epochs=1, lr=0.0))
             setting = [spec.setting.norm, spec.setting.precision, len(data.train)]
-            key = [_model(spec), recipe, setting, {role: _model(one) for role, one in spec.prerequisites.items()}]
+            key = [_network(spec), recipe, setting, {role: _network(one) for role, one in spec.prerequisites.items()}]
             rates: TrainingRates = self._once(
                 "training", key, lambda: probe_training(spec, data, self.device, self.watch)
             )
@@ -184,8 +184,9 @@ class _Planner:
             told.append("of trained defences, a short PGD on a few images told how many withstand")
         if self.assumed:
             told.append(
-                "of untrained ones it is assumed that 95 % of the images are right, and that of these at the training's "
-                "radius 60 % withstand if trained on attacks (30 % in another norm), 2 % if not (15 % without gradients)"
+                f"of untrained ones it is assumed that {CLEAN:.0%} of the images are right, and that of these at the "
+                f"training's radius {TRAINED:.0%} withstand if trained on attacks ({OTHER_NORM:.0%} in another norm), "
+                f"{NATURAL:.1%} if not ({NATURAL_BLIND:.0%} where the attack has no gradients)"
             )
         return tuple(told)
 
@@ -207,7 +208,7 @@ class _Planner:
         attack.fits(model.traits)
         survivors = self._survivors(model, cell, trained, attack)
         tier: Tier = self.health or "basic"
-        about = [_model(cell.training), {**cell.attack.identity(), "eps": None, "seed": None}, tier == "off"]
+        about = [_network(cell.training), {**cell.attack.identity(), "eps": None, "seed": None}, tier == "off"]
 
         def rates(index: int, name: str, part: Attack, mode: str, rows: int) -> Rates:
             rows = min(rows, max(self.batch_size, 250))
@@ -255,6 +256,6 @@ class _Planner:
         return found
 
 
-def _model(spec: TrainSpec) -> Mapping[str, Any]:
+def _network(spec: TrainSpec) -> Mapping[str, Any]:
     """What decides how long a network takes, weights apart."""
     return dataclasses.asdict(spec.model)

@@ -22,7 +22,7 @@ from ensdef.threat import Threat
 IMAGES, STEPS, STEP = 64, 15, 0.25
 #: Shares assumed of an untrained defence: right on clean images; of these withstanding an attack at the training's
 #: radius if trained on attacks in its norm, in another norm, or not on attacks.
-CLEAN, TRAINED, OTHER_NORM, NATURAL = 0.95, 0.6, 0.3, 0.02
+CLEAN, TRAINED, OTHER_NORM, NATURAL = 0.95, 0.6, 0.3, 0.005
 #: The same for attacks without gradients on defences that were not trained on attacks.
 NATURAL_BLIND = 0.15
 #: Steps after which an image falls that does fall, and as part of a long run.

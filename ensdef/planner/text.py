@@ -47,8 +47,7 @@ def summary_lines(plan: Plan, device: str) -> Iterator[str]:
         "times were measured just now, by short probes of the real work, and grow with whatever else runs here; passes "
         "are of one member over one image, forward and backward"
     )
-    for assumption in plan.assumptions:
-        yield assumption
+    yield from plan.assumptions
 
 
 def as_json(plan: Plan) -> dict[str, Any]:
