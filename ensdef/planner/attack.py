@@ -36,14 +36,14 @@ class AttackedModel:
     """A defence on the device, as the harness attacks it, with what was timed of it.
 
     Args:
-        x: images that will be attacked, (N, ...).
-        y: their labels, (N,).
+        x, y, ids: images that will be attacked, (N, ...), their labels and ids, (N,).
     """
 
     defense: EnsembleDefense
     combiner: str
     x: Tensor
     y: Tensor
+    ids: Tensor
     batch_size: int
     watch: Stopwatch
     judge: Target = field(init=False)
@@ -89,6 +89,7 @@ class AttackedModel:
                 target,
                 self.traits,
                 self.x,
+                self.ids,
                 self.watch,
                 rows=rows,
                 forward=self.forward,

@@ -18,8 +18,10 @@ from ensdef.planner.whole import shortened
 from ensdef.planner.work import Work
 from ensdef.progress import Progress
 
-#: Images that the probe crafts on.
-IMAGES = 32
+#: Images that the probe crafts on at most, the steps of its two lengths, and seconds it may take, roughly.
+IMAGES, LENGTHS, SECONDS = 128, (4, 16), 8.0
+#: A step of crafting in forward passes.
+STEP = 3
 
 
 class _Asked(AdversarialSets):
@@ -42,6 +44,7 @@ def crafting_work(
     sets: AdversarialSets,
     planned: set[str],
     watch: Stopwatch,
+    forward: float,
 ) -> Work:
     """Crafting of the sets that are neither stored nor planned yet; the attack is ready for its parts afterwards.
 
@@ -49,6 +52,7 @@ def crafting_work(
         images: all that will be attacked, (N, ...), labels and ids, (N,).
         sets: those that are stored.
         planned: names of sets whose cost was counted before; added to.
+        forward: seconds of one forward pass of an ensemble, an image.
     """
     x, y, ids = images
     asked = _Asked(x)
@@ -61,10 +65,21 @@ def crafting_work(
     if not missing:
         return Work()
     planned.update(missing)
-    short, longer = shortened(attack)
-    few = slice(min(IMAGES, len(x)))
-    brief = dataclasses.replace(spec, params=dataclasses.asdict(short.params))
-    began = watch.now()
-    copy.copy(short).prepare(x[few], y[few], ids[few], brief, AdversarialSets(), Progress())
-    seconds = (watch.now() - began) * longer * len(x) / len(x[few]) / len(asked.names)
-    return Work(seconds * len(missing))
+    affordable = SECONDS / (sum(LENGTHS) * STEP * len(asked.names) * max(forward, 1e-9))
+    few = slice(max(1, min(IMAGES, len(x), int(affordable))))
+    taken: list[tuple[float, float]] = []
+    for kept in (LENGTHS[0], *LENGTHS):  # the first warms up
+        short, longer = shortened(attack, kept)
+        brief = dataclasses.replace(spec, params=dataclasses.asdict(short.params))
+        began = watch.now()
+        copy.copy(short).prepare(x[few], y[few], ids[few], brief, AdversarialSets(), Progress())
+        taken.append((1 / longer, watch.now() - began))
+    seconds = _extrapolated(*taken[1:]) / len(asked.names)
+    return Work(seconds * len(missing) * len(x) / len(x[few]))
+
+
+def _extrapolated(short: tuple[float, float], long: tuple[float, float]) -> float:
+    """Seconds of the whole from (part, seconds) of two lengths: what does not grow with the length counts once."""
+    if long[0] <= short[0]:
+        return long[1]
+    return max(long[1], short[1] + (long[1] - short[1]) * (1 - short[0]) / (long[0] - short[0]))

@@ -23,7 +23,17 @@ from ensdef.loading import attacked_subset, reload_data
 from ensdef.planner.attack import AttackedModel, Rates, cell_work
 from ensdef.planner.crafting import crafting_work
 from ensdef.planner.stopwatch import Stopwatch
-from ensdef.planner.survivors import CLEAN, NATURAL, NATURAL_BLIND, OTHER_NORM, TRAINED, Survivors, assumed, measured
+from ensdef.planner.survivors import (
+    CLEAN,
+    HALF_LEARNED,
+    NATURAL,
+    NATURAL_BLIND,
+    OTHER_NORM,
+    TRAINED,
+    Survivors,
+    assumed,
+    measured,
+)
 from ensdef.planner.training import TrainingRates, probe_training
 from ensdef.planner.work import Work
 from ensdef.registry import ATTACKS
@@ -185,7 +195,8 @@ class _Planner:
         if self.assumed:
             told.append(
                 f"of untrained ones it is assumed that {CLEAN:.0%} of the images are right, and that of these at the "
-                f"training's radius {TRAINED:.0%} withstand if trained on attacks ({OTHER_NORM:.0%} in another norm), "
+                f"training's radius {TRAINED:.0%} withstand if trained on attacks ({OTHER_NORM:.0%} in another norm; "
+                f"half as many after a training that shows {HALF_LEARNED:,} images), "
                 f"{NATURAL:.1%} if not ({NATURAL_BLIND:.0%} where the attack has no gradients)"
             )
         return tuple(told)
@@ -195,16 +206,15 @@ class _Planner:
         test, ids = attacked_subset(reload_data(cell.training.setting.data), cell.samples)
         x, y, ids = test.x().to(device), test.labels.to(device), ids.to(device)
         self.watch.begin_peak()
-        model = self._model(cell, x, y)
+        model = self._model(cell, x, y, ids)
         attack: Attack = ATTACKS.get(cell.attack.name)(cell.attack.params_object)
         surrogates = {role: self._defense(spec).to(device) for role, spec in cell.prerequisites.items()}
         crafting = Work()
         if surrogates:
             attack.warm_start(surrogates)
         if type(attack).prepare is not Attack.prepare:
-            crafting = crafting_work(
-                attack, cell.attack, (x, y, ids), AdversarialSets(self.results), self.crafted, self.watch
-            )
+            stored = AdversarialSets(self.results)
+            crafting = crafting_work(attack, cell.attack, (x, y, ids), stored, self.crafted, self.watch, model.forward)
         attack.fits(model.traits)
         survivors = self._survivors(model, cell, trained, attack)
         tier: Tier = self.health or "basic"
@@ -219,18 +229,18 @@ class _Planner:
         work = cell_work(model, attack, cell, survivors, tier, rates)
         return work + crafting
 
-    def _model(self, cell: Cell, x: Tensor, y: Tensor) -> AttackedModel:
+    def _model(self, cell: Cell, x: Tensor, y: Tensor, ids: Tensor) -> AttackedModel:
         key = cell.training.key, cell.attack.combiner, cell.subset_checksum
         if self.latest is None or self.latest[0] != key:
             self.latest = None  # one at a time: their memory must not add up
             defense = self._defense(cell.training).to(x.device)
-            self.latest = key, AttackedModel(defense, cell.attack.combiner, x, y, self.batch_size, self.watch)
+            self.latest = key, AttackedModel(defense, cell.attack.combiner, x, y, ids, self.batch_size, self.watch)
         return self.latest[1]
 
     def _survivors(self, model: AttackedModel, cell: Cell, trained: bool, attack: Attack) -> Survivors:
         if not trained or "predict" not in model.traits.differentiable:
             self.assumed += 1
-            return assumed(cell.training, cell.attack)
+            return assumed(cell.training, cell.attack, len(reload_data(cell.training.setting.data).train))
         self.measured += 1
         every = isinstance(attack, CompositeAttack)
         key = [cell.training.key, cell.attack.norm, cell.attack.eps, cell.attack.combiner, cell.subset_checksum, every]

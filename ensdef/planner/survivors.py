@@ -22,7 +22,9 @@ from ensdef.threat import Threat
 IMAGES, STEPS, STEP = 64, 15, 0.25
 #: Shares assumed of an untrained defence: right on clean images; of these withstanding an attack at the training's
 #: radius if trained on attacks in its norm, in another norm, or not on attacks.
-CLEAN, TRAINED, OTHER_NORM, NATURAL = 0.95, 0.6, 0.3, 0.005
+CLEAN, TRAINED, OTHER_NORM, NATURAL = 0.95, 0.65, 0.35, 0.005
+#: Images shown in a training, repetitions included, after which half as many withstand.
+HALF_LEARNED = 2500
 #: The same for attacks without gradients on defences that were not trained on attacks.
 NATURAL_BLIND = 0.15
 #: Steps after which an image falls that does fall, and as part of a long run.
@@ -51,8 +53,12 @@ class Survivors:
         return min(float(steps), max(FALLS_AFTER, FALLS_PART * steps))
 
 
-def assumed(training: TrainSpec, attack: AttackSpec) -> Survivors:
-    """Of a defence that is not trained yet."""
+def assumed(training: TrainSpec, attack: AttackSpec, images: int) -> Survivors:
+    """Of a defence that is not trained yet.
+
+    Args:
+        images: of the training split.
+    """
     if attack.eps_value is None:
         return Survivors(CLEAN, CLEAN, CLEAN)
     if not METHODS.get(training.method).trains_on_attacks(training.hyper):
@@ -64,8 +70,10 @@ def assumed(training: TrainSpec, attack: AttackSpec) -> Survivors:
     # radii of two norms are compared by how they stand to the data set's own
     units = [float(parse_eps(usual[norm], norm)) for norm in (str(attack.norm), setting.norm)]
     ratio = (attack.eps_value / units[0]) / max(trained / units[1], 1e-9)
+    shown = images * training.recipe.epochs
+    share = (TRAINED if attack.norm == setting.norm else OTHER_NORM) * shown / (shown + HALF_LEARNED)
     # falls like a Gaussian: 0.76 of the images at three quarters of the radius where 0.6 withstand the whole of it
-    share = CLEAN * (TRAINED if attack.norm == setting.norm else OTHER_NORM) ** min(ratio**2, 20)
+    share = CLEAN * share ** min(ratio**2, 20)
     return Survivors(CLEAN, share, share)
 
 

@@ -43,13 +43,13 @@ class WholeRates:
         return self.seconds * max(1.0, rows / self.rows)
 
 
-def shortened(attack: Attack) -> tuple[Attack, float]:
-    """The same attack with fewer steps and queries, and how many times as many the attack itself has."""
+def shortened(attack: Attack, kept: int = KEPT) -> tuple[Attack, float]:
+    """The same attack with about ``kept`` steps or queries, and how many times as many the attack itself has."""
     given = {name: getattr(attack.params, name, None) for name in LENGTHS}
     lengths = {name: value for name, value in given.items() if type(value) is int and value > 0}
     if not lengths:
         return attack, 1.0
-    part = max(1, min(min(lengths.values()) // KEPT, SHORTER))
+    part = max(1, min(min(lengths.values()) // kept, SHORTER))
     short = copy.copy(attack)
     short.warnings = []
     short.params = dataclasses.replace(attack.params, **{name: value // part for name, value in lengths.items()})
@@ -63,6 +63,7 @@ def probe_whole(
     target: Target,
     traits: Traits,
     x: Tensor,
+    ids: Tensor,
     watch: Stopwatch,
     *,
     rows: int,
@@ -71,7 +72,7 @@ def probe_whole(
     """Run the short form.
 
     Args:
-        x: images, (N, ...).
+        x, ids: images, (N, ...), and their ids, (N,).
         rows: that will be attacked at once, as far as is known; fewer are, where they would take too long.
         forward: seconds of one forward pass, an image.
     """
@@ -93,11 +94,10 @@ def probe_whole(
     judge.forget()
     target.memory.on = False
     before = target.passes.forwards, target.passes.backwards
-    ids = torch.arange(count, device=x.device)
     threat = Threat(spec.norm, RADIUS)
     began = watch.now()
     with torch.random.fork_rng():
-        short.perturb(target, x, y, threat, KeyedRandom(spec.seed, ids))
+        short.perturb(target, x, y, threat, KeyedRandom(spec.seed, ids[:count]))
     seconds = (watch.now() - began) * longer
     made = target.passes.forwards - before[0], target.passes.backwards - before[1]
     forwards, backwards = made[0] / count * longer, made[1] / count * longer
