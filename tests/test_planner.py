@@ -104,7 +104,7 @@ def counted(call: str, members: int = 2, n: int = 20, **spec_changes: Any) -> tu
         cell,
         NEVER_FOOLED,
         "off",
-        lambda index, name, part, mode, rows: model.rates(part, cell, mode, rows, False),
+        lambda index, parts, part, mode, rows: model.rates(part, cell, mode, rows, False),
     )
     return work, attack_model(defense, x, y, cell.attack, health="off")
 
@@ -165,7 +165,7 @@ def test_images_that_fall_cost_less() -> None:
     def work(clean: float, robust: float) -> float:
         shares = Survivors(clean, robust, robust)
         attack = ATTACKS.get("pgd")()
-        rates = lambda index, name, part, mode, rows: model.rates(part, cell, mode, rows, False)  # noqa: E731
+        rates = lambda index, parts, part, mode, rows: model.rates(part, cell, mode, rows, False)  # noqa: E731
         return cell_work(model, attack, cell, shares, "off", rates).forwards
 
     assert work(0, 0) == 0
@@ -206,10 +206,11 @@ def work_of(**changes: Any) -> Callable[..., float]:
     """Seconds of a training of adv_en, from given rates."""
 
     def seconds(epochs: int, images: int) -> float:
-        recipe = {"epochs": epochs, "keep": changes.get("keep", "last"), "batch_size": 50}
-        (cell,) = cells_of("adv_en", "fgsm", recipe=recipe, epochs=None)
+        (cell,) = cells_of("adv_en", "fgsm")
+        recipe = dataclasses.replace(cell.training.recipe, epochs=epochs, batch_size=50, **changes)
+        spec = dataclasses.replace(cell.training, recipe=recipe)
         rates = TrainingRates(2.0, 0.5, 0.25, 1e-3, 0, Passes(forward=1, input_gradient=7, training=3))
-        return rates.work(cell.training, images).seconds
+        return rates.work(spec, images).seconds
 
     return seconds
 

@@ -18,7 +18,7 @@ from ensdef.health.statistics import judged
 from ensdef.losses import cross_entropy
 from ensdef.planner.steps import StepRates, probe_steps
 from ensdef.planner.stopwatch import Stopwatch
-from ensdef.planner.survivors import Survivors
+from ensdef.planner.survivors import Survivors, steps_to_fall
 from ensdef.planner.whole import WholeRates, probe_whole
 from ensdef.planner.work import Work
 from ensdef.rows import SMALLEST_BATCH
@@ -78,8 +78,8 @@ class AttackedModel:
         climb(self.judge, x, y, Threat("linf", 0.0), cross_entropy, steps=3, step_size=0.0, batch_size=len(x))
         return (self.watch.now() - began) / 3 / len(x)
 
-    def rates(self, part: Attack, cell: Cell, mode: str, rows: int, observed: bool) -> Rates:
-        """Time one part of an attack, on up to ``rows`` images at once."""
+    def rates(self, part: Attack, cell: Cell, mode: str, rows: int, observed: bool, seconds: float = 0.1) -> Rates:
+        """Time one part of an attack, on up to ``rows`` images at once, for about ``seconds`` if it can be cut."""
         target = Target(self.defense, combiner=self.combiner, precision=mode, device=self.x.device)
         if isinstance(part, WholeAttack):
             return probe_whole(
@@ -104,6 +104,7 @@ class AttackedModel:
             self.watch,
             rows=max(SMALLEST_BATCH, min(rows, self.batch_size)),
             observed=observed,
+            seconds=seconds,
             num_classes=self.traits.num_classes,
         )
 
@@ -119,13 +120,13 @@ def cell_work(
     cell: Cell,
     survivors: Survivors,
     health: Tier,
-    rates: Callable[[int, str, Attack, str, int], Rates],
+    rates: Callable[[int, int, Attack, str, int], Rates],
 ) -> Work:
     """The whole cell.
 
     Args:
         attack: ready to be asked for its parts.
-        rates: of a part by number, name, attack, search mode and expected rows; may remember.
+        rates: of a part by number, number of parts, attack, search mode and expected rows; may remember.
     """
     n = cell.samples
     modes = ["bf16", "fp32"] if cell.attack.search == "bf16+fp32" else [cell.attack.search]
@@ -134,14 +135,15 @@ def cell_work(
     parts = parts_of(attack, cell.attack.call, model.traits)
     alive = n * survivors.clean
     for number, (mode, index) in enumerate((mode, index) for mode in modes for index in range(len(parts))):
-        name, part = parts[index]
+        _, part = parts[index]
         left = min(alive, n * expected_left(survivors, number, len(parts)))
         batch = left if left >= 0.5 else alive
-        known = rates(index, name, part, mode, max(1, round(batch)))
+        known = rates(index, len(parts), part, mode, max(1, round(batch)))
         if isinstance(known, StepRates):
             assert isinstance(part, IterativeAttack)
             runs = part.runs(model.traits.num_classes)
-            one = iterative_work(model, known, left, alive - left, runs)
+            falls_after = steps_to_fall(part, known.steps)
+            one = iterative_work(model, known, left, alive - left, runs, falls_after)
         else:
             one = whole_work(model, known, left, alive - left)
         seconds, forwards, backwards = seconds + one.seconds, forwards + one.forwards, backwards + one.backwards
@@ -158,17 +160,20 @@ def expected_left(survivors: Survivors, number: int, parts: int) -> float:
     return survivors.robust + done * (survivors.hard - survivors.robust)
 
 
-def iterative_work(model: AttackedModel, rates: StepRates, left: float, falling: float, runs: int) -> Work:
+def iterative_work(
+    model: AttackedModel, rates: StepRates, left: float, falling: float, runs: int, falls_after: float
+) -> Work:
     """Runs of an iterative attack.
 
     Args:
         left, falling: numbers of images that withstand, and that do not.
+        falls_after: steps spent on one that falls.
     """
     size = max(model.batch_size, SMALLEST_BATCH)
-    steps = left * runs * rates.steps + falling * Survivors.steps_to_fall(round(rates.steps))
+    steps = left * runs * rates.steps + falling * falls_after
     ends = left * runs + falling
     # a batch is kept full while there are images; the last ones go through their runs together
-    longest = runs * rates.steps if left >= 0.5 else 2 * Survivors.steps_to_fall(round(rates.steps))
+    longest = runs * rates.steps if left >= 0.5 else 2 * falls_after
     calls = max(steps / size, longest) if steps else 0.0
     seconds = rates.call * calls + rates.row * max(steps, SMALLEST_BATCH * calls)
     seconds += ends * model.forward * (1 + rates.start / max(model.members, 1.0))

@@ -42,6 +42,8 @@ from ensdef.specs import Cell, TrainSpec
 
 State = Literal["done", "attack", "train and attack"]
 T = TypeVar("T")
+#: Seconds that the probes of one training and of one cell may take, and all of each kind together, about.
+TRAINING, CELL, TOGETHER = 1.0, 0.8, 20.0
 
 
 @dataclass(frozen=True)
@@ -121,7 +123,10 @@ def estimate(
     cells = list(cells)
     states = [planner.state(cell) for cell in cells]
     missing = [cell for cell, state in zip(cells, states, strict=True) if state != "done"]
-    trainings = [planner.training(spec) for spec in missing_trainings(missing, results)]
+    specs = missing_trainings(missing, results)
+    planner.training_seconds = min(TRAINING, TOGETHER / max(1, len(specs)))
+    planner.cell_seconds = min(CELL, TOGETHER / max(1, len(missing)))
+    trainings = [planner.training(spec) for spec in specs]
     planned = [planner.cell(cell, state) for cell, state in zip(cells, states, strict=True)]
     return Plan(tuple(trainings), tuple(planned), startup, planner.assumptions())
 
@@ -153,6 +158,8 @@ class _Planner:
     health: Tier | None
     watch: Stopwatch
     known: dict[str, Any] = field(default_factory=dict)
+    training_seconds: float = TRAINING
+    cell_seconds: float = CELL
     crafted: set[str] = field(default_factory=set)
     measured: int = 0
     assumed: int = 0
@@ -170,7 +177,7 @@ class _Planner:
             setting = [spec.setting.norm, spec.setting.precision, len(data.train)]
             key = [_network(spec), recipe, setting, {role: _network(one) for role, one in spec.prerequisites.items()}]
             rates: TrainingRates = self._once(
-                "training", key, lambda: probe_training(spec, data, self.device, self.watch)
+                "training", key, lambda: probe_training(spec, data, self.device, self.watch, self.training_seconds)
             )
             return PlannedTraining(spec, rates.work(spec, len(data.train)))
         except (CheckpointError, DataError):
@@ -220,10 +227,12 @@ class _Planner:
         tier: Tier = self.health or "basic"
         about = [_network(cell.training), {**cell.attack.identity(), "eps": None, "seed": None}, tier == "off"]
 
-        def rates(index: int, name: str, part: Attack, mode: str, rows: int) -> Rates:
-            rows = min(rows, max(self.batch_size, 250))
+        def rates(index: int, parts: int, part: Attack, mode: str, rows: int) -> Rates:
+            seconds = self.cell_seconds / parts / 2
             return self._once(
-                "rates", [*about, index, mode, rows], lambda: model.rates(part, cell, mode, rows, tier != "off")
+                "rates",
+                [*about, index, mode, rows],
+                lambda: model.rates(part, cell, mode, rows, tier != "off", seconds),
             )
 
         work = cell_work(model, attack, cell, survivors, tier, rates)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from statistics import mean, median
+from statistics import mean
 
 import torch
 from torch import Tensor
@@ -23,8 +23,10 @@ from ensdef.session import Session
 from ensdef.target import Target
 from ensdef.threat import Threat
 
-#: Steps of the probe, of which the first warms up, and seconds after which two are enough.
-STEPS, SECONDS = 8, 1.0
+#: Steps of the probe at most, of which the first warms up; fewest, however long they take.
+STEPS, FEWEST = 40, 3
+#: Seconds of a step at which a second size of batch is not worth its time.
+SLOW = 1.0
 
 
 @dataclass(frozen=True)
@@ -53,9 +55,10 @@ class StepRates:
 class _Timed(IterativeAttack):
     """Another attack for a few steps, with a note of time and passes before each."""
 
-    def __init__(self, attack: IterativeAttack, watch: Stopwatch, passes: list[tuple[int, int]]) -> None:
+    def __init__(self, attack: IterativeAttack, watch: Stopwatch, seconds: float) -> None:
         super().__init__(attack.params)
-        self.attack, self.watch, self.passes = attack, watch, passes
+        self.attack, self.watch, self.seconds = attack, watch, seconds
+        self.passes: list[tuple[int, int]] = []
         self.budget = attack.budget  # type: ignore[misc]
         self.entries: list[float] = []
         self.rows: list[int] = []
@@ -79,7 +82,7 @@ class _Timed(IterativeAttack):
     ) -> tuple[Tensor, State]:
         self.entries.append(self.watch.now())
         self.passes.append((target.passes.forwards, target.passes.backwards))
-        if len(self.entries) > 3 and self.entries[-1] - self.entries[0] > SECONDS:
+        if len(self.entries) > FEWEST and self.entries[-1] - self.entries[0] > self.seconds:
             raise Enough
         real = round(len(x_adv) * target.passes.share)
         self.rows.append(real)
@@ -99,6 +102,7 @@ def probe_steps(
     *,
     rows: int,
     observed: bool,
+    seconds: float,
     num_classes: int,
 ) -> StepRates:
     """Time a few steps at the smallest batch, and at one of ``rows`` where the time allows.
@@ -107,11 +111,12 @@ def probe_steps(
         judge, target: of the same model; see :class:`ensdef.session.Session`.
         x: images, (N, ...); repeated where a batch is larger.
         observed: whether the health report looks on.
+        seconds: that each of the two may take, once it has made a few steps.
     """
-    small = _run(attack, spec, judge, target, x, watch, SMALLEST_BATCH, observed, num_classes)
+    small = _run(attack, spec, judge, target, x, watch, SMALLEST_BATCH, observed, seconds, num_classes)
     call, row = 0.0, small.typical / SMALLEST_BATCH
-    if rows > SMALLEST_BATCH and small.typical * rows / SMALLEST_BATCH < SECONDS:
-        large = _run(attack, spec, judge, target, x, watch, rows, observed, num_classes)
+    if rows > SMALLEST_BATCH and small.typical * rows / SMALLEST_BATCH < SLOW:
+        large = _run(attack, spec, judge, target, x, watch, rows, observed, seconds, num_classes)
         row = max(0.0, large.typical - small.typical) / (rows - SMALLEST_BATCH)
         call = max(0.0, small.typical - SMALLEST_BATCH * row)
     return StepRates(call, row, small.steps(attack.steps), small.forwards, small.backwards, small.start)
@@ -141,6 +146,7 @@ def _run(
     watch: Stopwatch,
     size: int,
     observed: bool,
+    seconds: float,
     num_classes: int,
 ) -> _Seen:
     x = x[torch.arange(size, device=x.device) % len(x)]
@@ -153,24 +159,23 @@ def _run(
     if observed:
         session.observer = Observer(y, spread(everybody, WATCHED))
     before = target.passes.forwards, target.passes.backwards
-    passes: list[tuple[int, int]] = []
-    timed = _Timed(attack, watch, passes)
+    timed = _Timed(attack, watch, seconds)
     try:
         session.run(timed, target, everybody, Progress(), "probe")
         timed.entries.append(watch.now())
-        passes.append((target.passes.forwards, target.passes.backwards))
+        timed.passes.append((target.passes.forwards, target.passes.backwards))
     except Enough:
         target.witness = None
         target.forget()
     lasted = [later - earlier for earlier, later in zip(timed.entries, timed.entries[1:], strict=False)]
     counted = [
         ((after[0] - now[0]) / rows, (after[1] - now[1]) / rows)
-        for now, after, rows in zip(passes, passes[1:], timed.rows, strict=False)
+        for now, after, rows in zip(timed.passes, timed.passes[1:], timed.rows, strict=False)
     ]
     # the first step warms up; the last one ends with the judgement
     middle = lasted[1:-1] or lasted[-1:] or [0.0]
     return _Seen(
-        median(middle),
+        mean(middle),
         timed.rows,
         timed.ended,
         mean(forwards for forwards, _ in counted) if counted else 0.0,

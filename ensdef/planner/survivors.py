@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ensdef.attack import Attack
 from ensdef.attack_spec import AttackSpec
 from ensdef.health.ascent import NEVER, climb, wrong
 from ensdef.health.observer import spread
@@ -25,10 +26,10 @@ IMAGES, STEPS, STEP = 64, 15, 0.25
 CLEAN, TRAINED, OTHER_NORM, NATURAL = 0.95, 0.65, 0.35, 0.005
 #: Images shown in a training, repetitions included, after which half as many withstand.
 HALF_LEARNED = 2500
-#: The same for attacks without gradients on defences that were not trained on attacks.
-NATURAL_BLIND = 0.15
-#: Steps after which an image falls that does fall, and as part of a long run.
-FALLS_AFTER, FALLS_PART = 6.5, 0.03
+#: Withstanding attacks without gradients, of images of a defence that was not trained on attacks.
+NATURAL_BLIND = 0.02
+#: Steps after which an image falls that does fall: of a gradient attack, and as part of a run without gradients.
+FALLS_AFTER, FALLS_PART = 6.5, 0.12
 
 
 @dataclass(frozen=True)
@@ -47,10 +48,15 @@ class Survivors:
     hard: float
     measured: bool = False
 
-    @staticmethod
-    def steps_to_fall(steps: int) -> float:
-        """Steps spent on an image that falls, of a run of ``steps``."""
-        return min(float(steps), max(FALLS_AFTER, FALLS_PART * steps))
+
+def blind(attack: Attack | type[Attack]) -> bool:
+    """Whether an attack has to do without gradients."""
+    return attack.access in ("score", "decision")
+
+
+def steps_to_fall(attack: Attack, steps: float) -> float:
+    """Steps spent on an image that falls, of a run of ``steps``."""
+    return min(steps, max(FALLS_AFTER, FALLS_PART * steps if blind(attack) else 0.0))
 
 
 def assumed(training: TrainSpec, attack: AttackSpec, images: int) -> Survivors:
@@ -62,8 +68,7 @@ def assumed(training: TrainSpec, attack: AttackSpec, images: int) -> Survivors:
     if attack.eps_value is None:
         return Survivors(CLEAN, CLEAN, CLEAN)
     if not METHODS.get(training.method).trains_on_attacks(training.hyper):
-        blind = ATTACKS.get(attack.name).access in ("score", "decision")
-        share = CLEAN * (NATURAL_BLIND if blind else NATURAL)
+        share = CLEAN * (NATURAL_BLIND if blind(ATTACKS.get(attack.name)) else NATURAL)
         return Survivors(CLEAN, share, share)
     setting, usual = training.setting, DATASETS.get(training.setting.data.name).eps
     trained = float(parse_train_eps(setting.train_eps, setting.norm)[1])

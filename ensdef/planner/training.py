@@ -27,8 +27,8 @@ from ensdef.training import HOLDOUT, train
 
 #: Batches of an epoch of the probe, and its epochs at most.
 BATCHES, EPOCHS = 3, 8
-#: Batches that only warm up; timed ones at least; seconds after which no more are timed.
-WARM_UP, TIMED, SECONDS = 2, 4, 1.0
+#: Batches that only warm up; timed ones, unless that would take many times as long as the probe may.
+WARM_UP, TIMED, PATIENCE = 2, 4, 6
 #: Gradient steps timed on ``predict``, as the trainer attacks it to hold epochs against each other.
 ASCENTS = 4
 #: A forward pass as part of a gradient step.
@@ -84,8 +84,8 @@ class TrainingRates:
 class _Ticks(Progress):
     """Notes when batches end, and ends the training when enough have."""
 
-    def __init__(self, watch: Stopwatch) -> None:
-        self.watch = watch
+    def __init__(self, watch: Stopwatch, seconds: float) -> None:
+        self.watch, self.seconds = watch, seconds
         self.began = watch.now()
         self.ends: list[float] = []
 
@@ -96,21 +96,25 @@ class _Ticks(Progress):
         def advance(amount: float = 1, note: str = "") -> None:
             self.ends.append(self.watch.now())
             timed = len(self.ends) - 1 - WARM_UP
-            slow = timed >= 1 and self.ends[-1] - self.ends[0] > 4 * SECONDS
-            if slow or (timed >= TIMED and self.ends[-1] - self.ends[WARM_UP] > SECONDS):
+            slow = timed >= 1 and self.ends[-1] - self.ends[0] > PATIENCE * self.seconds
+            if slow or (timed >= TIMED and self.ends[-1] - self.ends[WARM_UP] > self.seconds):
                 raise Enough
 
         yield advance
 
 
-def probe_training(spec: TrainSpec, data: Data, device: str, watch: Stopwatch) -> TrainingRates:
-    """Begin the training on a few of its images, from untrained prerequisites; nothing is kept."""
+def probe_training(spec: TrainSpec, data: Data, device: str, watch: Stopwatch, seconds: float) -> TrainingRates:
+    """Begin the training on a few of its images, from untrained prerequisites; nothing is kept.
+
+    Args:
+        seconds: that the timed batches take, about.
+    """
     size = spec.recipe.batch_size
     few = data.train.select(torch.arange(min(len(data.train), BATCHES * size)))
     recipe = dataclasses.replace(spec.recipe, epochs=EPOCHS, keep="last")
     prerequisites = {role: build_defense(needed.model) for role, needed in spec.prerequisites.items()}
     watch.begin_peak()
-    ticks = _Ticks(watch)
+    ticks = _Ticks(watch, seconds)
     try:
         short = dataclasses.replace(spec, recipe=recipe)
         train(short, dataclasses.replace(data, train=few), prerequisites, device=device, progress=ticks)
@@ -119,8 +123,8 @@ def probe_training(spec: TrainSpec, data: Data, device: str, watch: Stopwatch) -
             raise
     lasted = [later - earlier for earlier, later in zip(ticks.ends, ticks.ends[1:], strict=False)]
     begins = max(1, -(-len(few) // size) - (len(few) % size == 1))
-    inside = [seconds for index, seconds in enumerate(lasted) if index >= WARM_UP and index % begins] or lasted[-1:]
-    first = [seconds for index, seconds in enumerate(lasted) if index >= WARM_UP and index % begins == 0]
+    inside = [one for index, one in enumerate(lasted) if index >= WARM_UP and index % begins] or lasted[-1:]
+    first = [one for index, one in enumerate(lasted) if index >= WARM_UP and index % begins == 0]
     batch = mean(inside) if begins > 1 else mean(first or lasted[-1:])
     epoch = max(0.0, mean(first) - batch) if first and begins > 1 else 0.0
     return TrainingRates(
