@@ -12,7 +12,7 @@ from typing import Any, Literal
 from ensdef.attacks._pyautoattack import as_plain_model
 from torch import Tensor
 
-from ensdef.attack import Cost, WholeAttack
+from ensdef.attack import WholeAttack
 from ensdef.errors import UsageError
 from ensdef.notation import at_least
 from ensdef.rng import KeyedRandom
@@ -61,17 +61,6 @@ class AutoAttack(WholeAttack):
                 f"images are of shape {shape}; Square, a part of AutoAttack, needs (channels, height, width) with "
                 f"height and width equal and at least {SMALLEST_SIDE}"
             )
-
-    def cost(self, traits: Traits) -> Cost | None:
-        """Counted on models that are never fooled; an image that is fooled meets the first part alone."""
-        if self.params.version != "standard" or traits.num_classes < FEWEST_CLASSES["apgd-t"]:
-            return None
-        steps, targets = self.params.steps, min(TARGETS, traits.num_classes - 1)
-        # the library's looks at the model, APGD-CE, targeted APGD, targeted FAB, Square
-        forwards = [12, steps + 2, targets * (steps + 2) + 1, targets * (2 * steps + 3) + 1, self.params.queries + 3]
-        backwards = [steps + 1, targets * (steps + 1), targets * steps]
-        total = sum(forwards) + sum(backwards)
-        return Cost(sum(forwards), sum(backwards), (sum(forwards[:2]) + backwards[0]) / total)
 
     def perturb(self, target: Target, x: Tensor, y: Tensor, threat: Threat, rng: KeyedRandom) -> Tensor:
         if threat.eps == 0:

@@ -33,19 +33,6 @@ State = dict[str, Tensor]
 
 
 @dataclass(frozen=True)
-class Cost:
-    """Passes of the whole ensemble that an attack makes for one image which is never fooled.
-
-    Args:
-        fooled: part of it that an image costs which is fooled at once.
-    """
-
-    forwards: float
-    backwards: float
-    fooled: float = 1.0
-
-
-@dataclass(frozen=True)
 class NoParams:
     """An attack without parameters."""
 
@@ -175,10 +162,6 @@ class WholeAttack(Attack):
     #: Part of the cell key, because wrapped attacks draw per batch.
     batch_size: ClassVar[int] = 250
     per_image: ClassVar[bool] = False
-
-    def cost(self, traits: Traits) -> Cost | None:
-        """What it costs, where that is known; None: estimates rest on a run with fewer ``steps`` or ``queries``."""
-        return None
 
     @abstractmethod
     def perturb(self, target: Target, x: Tensor, y: Tensor, threat: Threat, rng: KeyedRandom) -> Tensor:

@@ -20,14 +20,13 @@ from ensdef.cli import cli
 from ensdef.cost import Passes
 from ensdef.defense import EnsembleDefense
 from ensdef.harness import attack_model
-from ensdef.planner import Plan, estimate
+from ensdef.planner import Plan, estimate, missing_trainings
 from ensdef.planner.attack import AttackedModel, cell_work
-from ensdef.planner.plan import missing_trainings
 from ensdef.planner.stopwatch import Stopwatch
 from ensdef.planner.survivors import STEPS, Survivors, assumed, measured
 from ensdef.planner.text import duration, memory, quantity
 from ensdef.planner.training import TrainingRates
-from ensdef.planner.whole import shortened
+from ensdef.planner.whole import WholeRates, extrapolated, shortened
 from ensdef.planner.work import Work
 from ensdef.protocol import load_protocol, plan, with_attacks, with_methods
 from ensdef.registry import ATTACKS
@@ -143,17 +142,32 @@ def test_passes_are_exact_in_every_search_mode() -> None:
     assert (work.forwards, work.backwards) == (outcome.forwards, outcome.backwards)
 
 
-def test_the_stated_cost_of_autoattack_is_what_it_makes() -> None:
-    work, outcome = counted("autoattack[steps=8,queries=40]", members=1, n=16)
-    assert work.forwards == outcome.forwards
-    assert work.backwards == outcome.backwards
+def test_the_passes_of_autoattack_are_exact_from_two_short_forms() -> None:
+    work, outcome = counted("autoattack[steps=16,queries=80]", members=1, n=16)
+    assert (work.forwards, work.backwards) == (outcome.forwards, outcome.backwards)
 
 
-def test_autoattack_as_published_costs_what_its_parts_add_up_to() -> None:
-    traits = Target(never_fooled(1)).traits(torch.rand(1, 1, 8, 8))
-    cost = ATTACKS.get("autoattack")().cost(traits)
-    assert (cost.forwards, cost.backwards) == (7864, 1910)
-    assert ATTACKS.get("autoattack")(ATTACKS.get("autoattack").Params(version="plus")).cost(traits) is None
+def test_autoattack_as_published_makes_the_passes_that_its_parts_add_up_to() -> None:
+    """7,864 forward and 1,910 backward passes for an image that is never fooled."""
+    rates = autoattack_rates(never_fooled(1), "autoattack")
+    assert (rates.forwards, rates.backwards) == (pytest.approx(7864), pytest.approx(1910))
+    assert rates.fooled == 1
+
+
+def test_an_image_that_autoattack_fools_costs_little_more_than_its_first_part() -> None:
+    defense = ensdef.create_defense("nat", architecture="small_resnet[width=4]", members=1, image_shape=(1, 8, 8))
+    rates = autoattack_rates(defense, "autoattack[steps=20,queries=1000]")
+    first_part = 12 + 22 + 21
+    assert rates.fooled * (rates.forwards + rates.backwards) == pytest.approx(first_part, rel=0.25)
+
+
+def autoattack_rates(defense: EnsembleDefense, call: str) -> WholeRates:
+    x = torch.rand(4, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    model = AttackedModel(defense, "native", x, torch.zeros(4).long(), torch.arange(4), 128, Stopwatch())
+    (cell,) = cells_of("nat", call)
+    rates = model.rates(ATTACKS.get("autoattack")(cell.attack.params_object), cell, "fp32", 4, False)
+    assert isinstance(rates, WholeRates)
+    return rates
 
 
 def test_images_that_fall_cost_less() -> None:
@@ -259,16 +273,16 @@ def test_estimates_grow_linearly_with_steps_and_samples(tmp_path: Path) -> None:
 
 
 def test_what_is_alike_is_probed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import ensdef.planner.plan
+    import ensdef.planner.probing
 
     probed: list[str] = []
-    real = ensdef.planner.plan.probe_training
+    real = ensdef.planner.probing.probe_training
 
     def noted(spec: Any, *rest: Any) -> Any:
         probed.append(spec.method)
         return real(spec, *rest)
 
-    monkeypatch.setattr(ensdef.planner.plan, "probe_training", noted)
+    monkeypatch.setattr(ensdef.planner.probing, "probe_training", noted)
     made = planned(tmp_path, "nat,adv", "fgsm", seeds=(0, 1, 2))
     assert len(made.trainings) == 6
     assert probed == ["nat", "adv"]
@@ -304,12 +318,19 @@ def test_what_is_assumed_falls_with_the_radius_and_depends_on_how_it_is_trained(
 
 def test_a_wrapped_attack_is_shortened_in_proportion() -> None:
     attack = ATTACKS.get("autoattack")()
-    short, longer = shortened(attack)
-    assert (short.params.steps, short.params.queries) == (4, 200)
-    assert longer == 25
+    for times in (1, 2):
+        short, part = shortened(attack, times)
+        assert (short.params.steps, short.params.queries) == (4 * times, 200 * times)
+        assert part == times / 25
     assert attack.params.steps == 100
     fog = ATTACKS.get("fog")()
     assert shortened(fog) == (fog, 1.0)
+
+
+def test_what_does_not_grow_with_the_length_counts_once() -> None:
+    assert extrapolated(10 + 4, 10 + 8, (0.04, 0.08)) == pytest.approx(10 + 100)
+    assert extrapolated(5.0, 4.0, (0.5, 1.0)) == 4.0
+    assert extrapolated(7.0, 6.0, (1.0, 1.0)) == 6.0
 
 
 # the command
@@ -356,7 +377,7 @@ def test_the_dry_run_prints_costs_totals_and_what_they_rest_on(tmp_path: Path) -
 
 
 def test_but_for_times_two_dry_runs_print_the_same(tmp_path: Path) -> None:
-    words = ("bench", "--method", "nat,adv", "--attack", "pgd,square", *SMALL, "--results", tmp_path, "--dry-run")
+    words = ("bench", "--method", "nat,adv", "--attack", "pgd,fgsm", *SMALL, "--results", tmp_path, "--dry-run")
     without = [re.sub(r"[\d.]+ (s|min|MiB)\b", "", ens(*words).stdout) for _ in range(2)]
     assert without[0] == without[1]
 

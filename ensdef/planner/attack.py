@@ -87,7 +87,6 @@ class AttackedModel:
                 cell.attack,
                 self.judge,
                 target,
-                self.traits,
                 self.x,
                 self.ids,
                 self.watch,

@@ -14,12 +14,12 @@ from ensdef.attack import Attack
 from ensdef.attack_spec import AttackSpec
 from ensdef.keys import content_key
 from ensdef.planner.stopwatch import Stopwatch
-from ensdef.planner.whole import shortened
+from ensdef.planner.whole import KEPT, extrapolated, shortened
 from ensdef.planner.work import Work
 from ensdef.progress import Progress
 
-#: Images that the probe crafts on at most, the steps of its two lengths, and seconds it may take, roughly.
-IMAGES, LENGTHS, SECONDS = 128, (4, 16), 8.0
+#: Images that the probe crafts on at most, its two lengths in short forms, and seconds it may take, roughly.
+IMAGES, TIMES, SECONDS = 128, (1, 4), 8.0
 #: A step of crafting in forward passes.
 STEP = 3
 
@@ -65,21 +65,15 @@ def crafting_work(
     if not missing:
         return Work()
     planned.update(missing)
-    affordable = SECONDS / (sum(LENGTHS) * STEP * len(asked.names) * max(forward, 1e-9))
+    affordable = SECONDS / (2 * STEP * sum(TIMES) * KEPT * len(asked.names) * max(forward, 1e-9))
     few = slice(max(1, min(IMAGES, len(x), int(affordable))))
-    taken: list[tuple[float, float]] = []
-    for kept in (LENGTHS[0], *LENGTHS):  # the first warms up
-        short, longer = shortened(attack, kept)
+    taken: dict[float, float] = {}
+    for times in (TIMES[0], *TIMES):  # the first warms up
+        short, part = shortened(attack, times)
         brief = dataclasses.replace(spec, params=dataclasses.asdict(short.params))
         began = watch.now()
         copy.copy(short).prepare(x[few], y[few], ids[few], brief, AdversarialSets(), Progress())
-        taken.append((1 / longer, watch.now() - began))
-    seconds = _extrapolated(*taken[1:]) / len(asked.names)
+        taken[part] = watch.now() - began
+    parts = min(taken), max(taken)
+    seconds = extrapolated(taken[parts[0]], taken[parts[1]], parts) / len(asked.names)
     return Work(seconds * len(missing) * len(x) / len(x[few]))
-
-
-def _extrapolated(short: tuple[float, float], long: tuple[float, float]) -> float:
-    """Seconds of the whole from (part, seconds) of two lengths: what does not grow with the length counts once."""
-    if long[0] <= short[0]:
-        return long[1]
-    return max(long[1], short[1] + (long[1] - short[1]) * (1 - short[0]) / (long[0] - short[0]))
