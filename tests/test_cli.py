@@ -113,9 +113,9 @@ def write_plugin(folder: Path, name: str, body: str = "") -> Path:
 def plan_of(*words: str | os.PathLike[str]) -> list[dict[str, str]]:
     """The cells that ``--dry-run`` lists."""
     cells = []
-    for line in done(*words, "--dry-run").stdout.splitlines():
-        state, rest = line[:17].strip(), line[17:].split()
-        method, _, seed, attack, *middle, samples, key = rest
+    for line in done(*words, "--dry-run").stdout.partition("\n\n")[0].splitlines():
+        state, rest = line[:17].strip(), line[17:].split("  ")
+        method, _, seed, attack, *middle, samples, key = " ".join(rest[:4]).split()
         cells.append(
             {
                 "state": state,

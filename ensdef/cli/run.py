@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import json
 import sys
+import time
 import tomllib
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -112,8 +113,17 @@ _RUN_OPTIONS = [
         type=click.FloatRange(min=0),
         help="GPUs that a Ray task takes [default: 1 with --device cuda, else 0].",
     ),
-    click.option("--json", "as_json", is_flag=True, help="Records as a JSON array on stdout, all else on stderr."),
-    click.option("--dry-run", is_flag=True, help="List the cells, done and to do, and stop."),
+    click.option(
+        "--json",
+        "as_json",
+        is_flag=True,
+        help="Records (of a dry run: the plan) as JSON on stdout, all else on stderr.",
+    ),
+    click.option(
+        "--dry-run",
+        is_flag=True,
+        help="List the cells, done and to do, with estimates of time, passes and memory, and stop.",
+    ),
 ]
 
 
@@ -278,7 +288,7 @@ def _go(protocol: Protocol, table: str, protocol_id: str | None, options: RunOpt
     check_writable(results)
     cells, _ = plan(protocol)
     if options.dry_run:
-        _print_plan(cells, results, health)
+        _print_plan(cells, where, options)
         return
     preflight(cells, results, health, options.devices)
     progress = ConsoleProgress()
@@ -302,15 +312,24 @@ def _report(records: list[Record], protocol: Protocol, table: str, results: Path
         click.echo(json.dumps([record.summary() for record in records], indent=1))
 
 
-def _print_plan(cells: list[Cell], results: Path, health: Tier | None) -> None:
-    from ensdef.checkpoints import checkpoint_folder, is_complete
-    from ensdef.runner import find_record
+def _print_plan(cells: list[Cell], where: str, options: RunOptions) -> None:
+    from ensdef.batch_size import ON_CPU
+    from ensdef.evaluation import resolve_device
+    from ensdef.planner import estimate
+    from ensdef.planner.text import as_json as json_of
+    from ensdef.planner.text import cell_lines, summary_lines
 
-    for cell in cells:
-        trained = is_complete(checkpoint_folder(results, cell.training), cell.training)
-        state = "done" if find_record(cell, results, health) else "attack" if trained else "train and attack"
-        click.echo(
-            f"{state:17} {cell.training.model.method_call} seed {cell.training.setting.seed}  "
-            f"{cell.attack.call} {cell.attack.norm or ''} {cell.attack.written or ''}  n={cell.samples}  "
-            f"{cell.key[:16]}"
-        )
+    # until here a run does the same, so that it will take as long to get here
+    startup = time.process_time()
+    made = estimate(
+        cells,
+        options.results,
+        device=resolve_device(where),  # probes run here, whatever the executor
+        batch_size=options.batch_size or ON_CPU,
+        health=options.health,
+        startup=startup,
+    )
+    for line in (*cell_lines(made), "", *summary_lines(made, where)):
+        click.echo(line, err=options.as_json)
+    if options.as_json:
+        click.echo(json.dumps(json_of(made), indent=1))
