@@ -1,0 +1,185 @@
+"""Options of ``ensdef bench`` and ``ensdef run`` that say how cells are run, not which."""
+
+from __future__ import annotations
+
+import dataclasses
+import tomllib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from ensdef.errors import UsageError
+
+if TYPE_CHECKING:
+    from ensdef.executor import Executor
+    from ensdef.health.catalogue import Tier
+    from ensdef.progress import Progress
+
+
+def _config(ctx: click.Context, parameter: click.Parameter, value: str | None) -> dict[str, Any]:
+    """``--config``: a TOML file of option names; the command line wins. A ``[train]`` table overrides the recipe."""
+    if value is None:
+        return {}
+    try:
+        content = tomllib.loads(Path(value).read_text(encoding="utf-8"))
+    except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise click.UsageError(f"--config {value}: {error}") from error
+    train = content.pop("train", {})
+    options = {str(key).replace("-", "_"): item for key, item in content.items()}
+    options = {"as_json" if key == "json" else key: item for key, item in options.items()}
+    known = {str(item.name) for item in ctx.command.params}
+    if unknown := sorted(set(options) - known):
+        there = ", ".join(sorted(known - {"as_json", "config"} | {"json"}))
+        raise click.UsageError(f"--config {value}: no option {unknown[0]!r}; there are: {there}")
+    ctx.default_map = {
+        key: ",".join(map(str, item)) if isinstance(item, list) and key != "plugin" else item
+        for key, item in options.items()
+    }
+    if not isinstance(train, dict):
+        raise click.UsageError(f"--config {value}: train must be a table, such as [train] with lr = 0.05")
+    return train
+
+
+_RUN_OPTIONS = [
+    click.option(
+        "--config",
+        callback=_config,
+        is_eager=True,
+        expose_value=True,
+        metavar="FILE",
+        help="TOML file of these options; the command line wins.",
+    ),
+    click.option("--data-dir", metavar="DIR", help="Folder of the data set."),
+    click.option(
+        "--samples",
+        type=int,
+        help="Test images attacked: the first N of a fixed permutation [default: all, up to 1,000].",
+    ),
+    click.option("--seed", help="Training seeds, comma separated."),
+    click.option("--plugin", multiple=True, metavar="FILE_OR_MODULE", help="Load a plug-in (repeatable)."),
+    click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True),
+    click.option(
+        "--devices",
+        type=click.IntRange(min=1),
+        default=1,
+        show_default=True,
+        help="GPUs, or processes with --device cpu, that share each training.",
+    ),
+    click.option(
+        "--batch-size",
+        type=click.IntRange(min=1),
+        help="Images an attack pass; cannot change a result [default: 128 on the CPU, measured on a GPU].",
+    ),
+    click.option(
+        "--results",
+        type=click.Path(path_type=Path),
+        default=Path("results"),
+        show_default=True,
+        help="Folder for records, checkpoints, tables.",
+    ),
+    click.option(
+        "--health",
+        type=click.Choice(["basic", "full", "off"]),
+        help="Whether gradients lie: basic adds at most a tenth of the attack's passes, full runs small attacks; "
+        "records of a lower tier are made anew only when this is given [default: basic].",
+    ),
+    click.option(
+        "--executor",
+        type=click.Choice(["local", "ray"]),
+        default="local",
+        show_default=True,
+        help="Where cells run: one after the other here, or as Ray tasks.",
+    ),
+    click.option("--ray-address", metavar="HOST:PORT", help="A running Ray cluster [default: one of this machine]."),
+    click.option(
+        "--cpus-per-cell",
+        type=click.FloatRange(min=0, min_open=True),
+        help="Cores that a Ray task takes, and threads it uses [default: 1].",
+    ),
+    click.option(
+        "--gpus-per-cell",
+        type=click.FloatRange(min=0),
+        help="GPUs that a Ray task takes [default: 1 with --device cuda, else 0].",
+    ),
+    click.option(
+        "--json",
+        "as_json",
+        is_flag=True,
+        help="Records (of a dry run: the plan) as JSON on stdout, all else on stderr.",
+    ),
+    click.option(
+        "--dry-run",
+        is_flag=True,
+        help="List the cells, done and to do, with estimates of time, passes and memory, and stop.",
+    ),
+]
+
+
+def run_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Add the options to a command; :meth:`RunOptions.take` takes what was given for them."""
+    for option in reversed(_RUN_OPTIONS):
+        command = option(command)
+    return command
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """Options of how cells are run, which cannot change a result."""
+
+    plugin: tuple[str, ...]
+    device: str
+    devices: int
+    batch_size: int | None
+    results: Path
+    health: Tier | None
+    executor: str
+    ray_address: str | None
+    cpus_per_cell: float | None
+    gpus_per_cell: float | None
+    as_json: bool
+    dry_run: bool
+
+    @classmethod
+    def take(cls, given: dict[str, Any]) -> RunOptions:
+        """Take these options out of all that were given.
+
+        Raises:
+            UsageError: options of Ray without it.
+        """
+        options = cls(**{item.name: given.pop(item.name) for item in dataclasses.fields(cls)})
+        if options.executor != "ray":
+            for name in ("ray_address", "cpus_per_cell", "gpus_per_cell"):
+                if getattr(options, name) is not None:
+                    raise UsageError(f"--{name.replace('_', '-')} is for --executor ray; the executor is local")
+        elif options.devices > 1:
+            raise UsageError(
+                f"--devices is {options.devices}, which shares each training among the devices of this machine; with "
+                "--executor ray several trainings run at once instead, each on one device: leave --devices out"
+            )
+        return options
+
+    def make_executor(self, progress: Progress) -> Executor:
+        """Where the cells run.
+
+        Raises:
+            UsageError: Ray is not installed, does not answer, or lacks what a cell asks for.
+        """
+        if self.executor == "local":
+            from ensdef.executor import LocalExecutor
+
+            return LocalExecutor(self.results, progress)
+        from ensdef.ray_executor import RayExecutor
+
+        gpus = self.gpus_per_cell if self.gpus_per_cell is not None else float(self.device == "cuda")
+        return RayExecutor(self.results, self.ray_address, self.cpus_per_cell or 1.0, gpus)
+
+    def resolve_device(self) -> str:
+        """The device of the cells; with Ray, that of the workers, which this process may not see."""
+        if self.executor == "ray":
+            return "cuda" if self.device == "cuda" or (self.gpus_per_cell and self.device == "auto") else "cpu"
+        from ensdef.evaluation import resolve_device
+
+        return resolve_device(self.device)
