@@ -34,9 +34,18 @@ def _multiples_of_eight(module: nn.Module) -> bool:
     )
 
 
-def is_out_of_memory(error: RuntimeError) -> bool:
-    """Whether PyTorch could not get memory; on the CPU that is an ordinary ``RuntimeError``."""
-    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
+#: What PyTorch and the libraries under it say when they get no memory.
+_NO_MEMORY = (
+    "DefaultCPUAllocator",
+    "CUDA error: out of memory",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "CUDNN_STATUS_ALLOC_FAILED",
+)
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether PyTorch could not get memory; only its own allocator on CUDA has an exception class for that."""
+    return isinstance(error, torch.OutOfMemoryError) or any(said in str(error) for said in _NO_MEMORY)
 
 
 def free_memory() -> None:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ensdef.backend import free_memory, is_out_of_memory
 from ensdef.losses import margin
+from ensdef.scores import check_scores
 from ensdef.target import Target
 
 #: On a CPU the time an image takes is flat from about 32 rows on: `python benchmarks/speed/batch_sizes.py`.
@@ -31,12 +32,15 @@ def choose_batch_size(model: nn.Module, x: Tensor, device: str, clock: Callable[
         clock: seconds; called before and after every pass that is timed.
     Returns:
         rows a pass, at most twice the number of images: more there would never be.
+    Raises:
+        PluginError: what the model returns are no log-scores.
     """
     return ON_CPU if device == "cpu" else fastest_batch_size(Target(model, device=device), x.to(device), clock)
 
 
 def fastest_batch_size(target: Target, x: Tensor, clock: Callable[[], float] = time.perf_counter) -> int:
     """See :func:`choose_batch_size`; this one measures on any device."""
+    check_scores(target(x[:1]), 1)
     best, cheapest, size = ON_CPU, float("inf"), ON_CPU
     while size <= max(ON_CPU, min(LARGEST, 2 * len(x))):
         rows = x[torch.arange(size, device=x.device) % len(x)]

@@ -175,7 +175,7 @@ def _attack_model(
             clean & right,
             session.x_adv,
             spec,
-            batch_size,
+            min(batch_size, session.batch_size),
             forwards,
             session.observer,
             _warnings(attack, parts),

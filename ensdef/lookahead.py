@@ -54,12 +54,15 @@ class Lookahead:
         #: share of questions after which a run did not stand where it was expected
         self.surprises = 1.0
 
-    def depth(self, count: int) -> int:
-        """Questions a run in a batch of ``count`` runs; 1: none ahead."""
+    def depth(self, rows: Rows) -> int:
+        """Questions a run in a batch of these runs; 1: none ahead. None is asked beyond the attack's last step."""
         if not self.possible:
             return 1
+        count = len(rows)
         hopeful = max(int(EXPECTED_SURPRISES / self.surprises), 2)  # one ahead, to notice when surprises get rare
-        return max(min(self.room // count, hopeful), -(-SMALLEST_BATCH // count))
+        wanted = max(hopeful, -(-SMALLEST_BATCH // count))
+        left = self.attack.steps - int(rows.step.max())
+        return max(min(wanted, self.room // count, left), 1)
 
     def extend(self, rows: Rows, depth: int) -> Rows:
         """``rows`` and, behind them, the same runs 1, 2, ... depth - 1 steps on, if nothing changes; (depth * B)."""
@@ -69,7 +72,7 @@ class Lookahead:
         later = ahead.select(torch.arange(count, len(ahead), device=rows.index.device))
         rng = KeyedRandom(self.seed, self.ids[later.index], later.run, later.step)
         guess = self.checked(self.attack.foresee(later.x_adv, later.state, self.threat, rng), later.x)
-        ahead.x_adv = torch.cat([rows.x_adv, guess])
+        ahead.x_adv = torch.cat([rows.x_adv, guess.to(rows.x_adv.dtype)])
         return ahead
 
     def reached(self, asked: Rows, moved: Rows, leaving: Tensor, depth: int) -> tuple[Tensor, int]:

@@ -17,7 +17,9 @@ def provenance(device: str, **more: Any) -> dict[str, Any]:
     """A fresh description of this machine and installation; ``more`` is added as it is."""
     import torch
 
-    name = torch.cuda.get_device_name() if device.startswith("cuda") else platform.processor() or platform.machine()
+    name = platform.processor() or platform.machine()
+    if device.startswith("cuda"):  # of a cell that failed elsewhere, on a GPU that is not here
+        name = torch.cuda.get_device_name() if torch.cuda.is_available() else "unknown"
     return {
         "versions": {"ensdef": __version__, "python": platform.python_version(), "torch": torch.__version__},
         "device": device,

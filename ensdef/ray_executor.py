@@ -12,6 +12,7 @@ import os
 import pickle
 import socket
 import tempfile
+import time
 import uuid
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,7 +20,7 @@ from typing import Any
 
 from ensdef.checkpoints import SPEC, WEIGHTS, checkpoint_folder
 from ensdef.errors import UsageError
-from ensdef.jobs import Job, Result, attempt
+from ensdef.jobs import Job, Result, attempt, describe
 from ensdef.progress import Progress
 from ensdef.registry import load_plugin, loaded_plugins
 
@@ -27,6 +28,8 @@ from ensdef.registry import load_plugin, loaded_plugins
 PATIENCE = 10.0
 #: How often a job is begun again when its worker or node died.
 RETRIES = 3
+#: Seconds that jobs wait for a node that can run them, when the last one is gone.
+NODE_PATIENCE = 600.0
 #: Jobs in hand for each that can run, so that no worker waits for the driver.
 AHEAD = 2
 
@@ -89,9 +92,16 @@ class RayExecutor:
         except (ConnectionError, RuntimeError, ValueError) as error:
             raise UsageError(f"no Ray cluster at {address or 'this machine'}: {error}") from error
 
+    def _nodes(self) -> list[dict[str, float]]:
+        return [node["Resources"] for node in self._ray.nodes() if node["Alive"]]
+
+    def _fits(self) -> bool:
+        """Whether some node of the cluster has all that a job takes."""
+        return any(all(node.get(kind, 0) >= count for kind, count in self._wanted.items()) for node in self._nodes())
+
     def _check_room(self, address: str | None) -> None:
-        nodes = [node["Resources"] for node in self._ray.nodes() if node["Alive"]]
-        if not any(all(node.get(kind, 0) >= count for kind, count in self._wanted.items()) for node in nodes):
+        if not self._fits():
+            nodes = self._nodes()
             largest = {kind: max((node.get(kind, 0) for node in nodes), default=0) for kind in self._wanted}
             raise UsageError(
                 f"a cell asks for {self._wanted['CPU']:g} CPU cores and {self._wanted['GPU']:g} GPUs, but no node of "
@@ -112,19 +122,35 @@ class RayExecutor:
                 path = checkpoint_folder(self.results, spec) / name
                 sent[str(path.relative_to(self.results))] = path.read_bytes()
         reference = self._task.options(name=job.label).remote(
-            self.plugins, pickle.dumps(job), sent, str(self._token.resolve()), self._threads
+            self.plugins, pickle.dumps(job), sent, str(self._token.resolve()), os.getcwd(), self._threads
         )
         self._jobs[reference] = job
 
     def next(self) -> tuple[Job, Result]:
-        (ready,), _ = self._ray.wait(list(self._jobs), num_returns=1)
-        job = self._jobs.pop(ready)
+        alone_since: float | None = None
+        while True:
+            ready, _ = self._ray.wait(list(self._jobs), num_returns=1, timeout=PATIENCE)
+            if ready:
+                return self._jobs.pop(ready[0]), self._result(ready[0])
+            if self._fits():
+                alone_since = None
+                continue
+            alone_since = alone_since or time.monotonic()
+            if time.monotonic() - alone_since > NODE_PATIENCE:
+                reference, job = self._jobs.popitem()
+                self._ray.cancel(reference, force=True)
+                return job, Result(error=f"for {NODE_PATIENCE:g} s no node of the Ray cluster could run it")
+
+    def _result(self, reference: Any) -> Result:
+        failures = self._ray.exceptions
         try:
-            result: Result = pickle.loads(self._ray.get(ready))
-        except self._ray.exceptions.RayError as error:
-            told = str(error).strip().splitlines()
-            result = Result(error=f"Ray gave up after {RETRIES} more tries: {type(error).__name__}: {told[0]}")
-        return job, result
+            result: Result = pickle.loads(self._ray.get(reference))
+        except failures.RayTaskError as error:  # before or after the job itself, which catches its own
+            return Result(error=describe(error.cause))
+        except failures.RayError as error:
+            told = (str(error).strip().splitlines() or [""])[0]
+            return Result(error=f"Ray gave up after {RETRIES} more tries: {type(error).__name__}: {told}")
+        return result
 
     def close(self) -> None:
         for reference in self._jobs:
@@ -137,7 +163,7 @@ class RayExecutor:
 
 
 def perform_in_scratch(
-    plugins: Sequence[str], packed: bytes, sent: dict[str, bytes], token: str, threads: int
+    plugins: Sequence[str], packed: bytes, sent: dict[str, bytes], token: str, folder: str, threads: int
 ) -> bytes:
     """What a worker does: one job in a folder of its own; a pickled :class:`Result` with the files it wrote.
 
@@ -145,27 +171,33 @@ def perform_in_scratch(
         packed: the pickled job; plug-ins are loaded before it is opened.
         sent: files of the results folder that the job needs, by path inside it.
         token: a file beside the adversarial sets of the driver; where it is seen, they are shared.
+        folder: where the driver runs, from which a data set's folder may be named.
     """
     import torch
 
     torch.set_num_threads(threads)
+    if Path(folder).is_dir():
+        os.chdir(folder)
     for plugin in plugins:
         load_plugin(plugin)
     job: Job = pickle.loads(packed)
-    with tempfile.TemporaryDirectory(prefix="ensdef-") as folder:
-        scratch = Path(folder)
-        for name, content in sent.items():
-            (scratch / name).parent.mkdir(parents=True, exist_ok=True)
-            (scratch / name).write_bytes(content)
+    with tempfile.TemporaryDirectory(prefix="ensdef-") as name:
+        scratch = Path(name)
+        for path, content in sent.items():
+            (scratch / path).parent.mkdir(parents=True, exist_ok=True)
+            (scratch / path).write_bytes(content)
         if Path(token).is_file():
             (scratch / _SETS).symlink_to(Path(token).parent, target_is_directory=True)
         result = attempt(job, scratch, Progress())
         written = {
-            str(path.relative_to(scratch)): path.read_bytes()
-            for path in scratch.rglob("*")  # does not go into links
-            if path.is_file() and str(path.relative_to(scratch)) not in sent
+            str(file.relative_to(scratch)): file.read_bytes()
+            for file in scratch.rglob("*")  # does not go into links
+            if file.is_file() and str(file.relative_to(scratch)) not in sent
         }
-    return pickle.dumps(Result(result.record, result.error, result.refused, written))
+    error = result.error
+    if result.refused is not None:  # what one node lacks must not end the work of the others
+        error = f"on {socket.gethostname()}: {result.refused}"
+    return pickle.dumps(Result(result.record, error, files=written))
 
 
 def _probe(address: str) -> None:

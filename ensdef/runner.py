@@ -122,7 +122,7 @@ class _Driver:
         self.progress = progress
         self.executor = executor
         self.store = Store(run.results)
-        self.claims = Claims(run.results)
+        self.claims = Claims(run.results, progress.message)
         #: records by cell key
         self.done: dict[str, Record] = {}
         #: keys of finished trainings, and what went wrong with others
@@ -133,6 +133,7 @@ class _Driver:
     def records(self) -> list[Record]:
         unique = {cell.key: cell for cell in self.cells}
         bar = self.progress if self.executor.silent else Progress()
+        waited = False
         try:
             with bar.task("cells", len(unique)) as advance:
                 while waiting := [cell for key, cell in unique.items() if key not in self.done]:
@@ -141,11 +142,17 @@ class _Driver:
                     if self.running:
                         self._file(*self.executor.next())
                     elif len(self.done) == before:
-                        time.sleep(POLL)  # other drivers are at work on all that is left
+                        if not waited:
+                            self.progress.message(
+                                f"waiting: other commands on {self.run.results} are at work on all that is left "
+                                f"({len(waiting)} cells); their locks are in {self.claims.folder}"
+                            )
+                        waited = True
+                        time.sleep(POLL)
                     _count(advance, len(self.done) - before)
         finally:
-            self.executor.close()
             self.claims.release_all()
+            self.executor.close()
         return [self.done[cell.key] for cell in self.cells]
 
     def _start(self, waiting: list[Cell]) -> None:
@@ -176,25 +183,27 @@ class _Driver:
         for spec in job.needs:
             if (missing := self._missing(spec)) is not None:
                 return missing
-        if failed := next((self.failures[spec.key] for spec in job.needs if spec.key in self.failures), None):
-            self.done[cell.key] = self._failed(job, failed)
-            return None
         if not self.claims.take(cell.key):
             raise _Blocked
         record = find_record(cell, self.run.results, self.run.health)
         if record is None:
-            return job
+            failed = next((self.failures[spec.key] for spec in job.needs if spec.key in self.failures), None)
+            if failed is None:
+                return job
+            record = self._failed(job, failed)
         self.claims.release(cell.key)
         self.done[cell.key] = record
         return None
 
     def _missing(self, spec: TrainSpec) -> TrainJob | None:
         """The next training on the way to ``spec``; None: it is trained, or cannot be."""
-        if spec.key in self.trained or spec.key in self.failures:
+        if spec.key in self.trained:
             return None
         if spec.key in self.running:
             raise _Blocked
-        if not is_trained(spec, self.run.results):
+        if not is_trained(spec, self.run.results):  # what failed here may have succeeded for another driver
+            if spec.key in self.failures:
+                return None
             for needed in spec.prerequisites.values():
                 if (missing := self._missing(needed)) is not None:
                     return missing
@@ -207,6 +216,7 @@ class _Driver:
                 return TrainJob(spec, self.run)
             self.claims.release(spec.key)
         self.trained.add(spec.key)
+        self.failures.pop(spec.key, None)
         return None
 
     def _file(self, job: Job, result: Result) -> None:

@@ -95,7 +95,9 @@ class Session:
                 x_adv = attack.perturb(target, x, y, self.threat, KeyedRandom(self.seed, self.ids[rows]))
             target.forget()
             candidate = self._checked(x_adv, x)
-            self._judge(Rows(rows, rows, rows, torch.ones_like(rows, dtype=torch.bool), x, y, candidate, candidate))
+            ended = Rows(rows, rows, rows, torch.ones_like(rows, dtype=torch.bool), x, y, candidate, candidate)
+            for part in self._split(ended):
+                self._judge(part)
             advance(len(rows))
 
     def _run_iterative(
@@ -126,7 +128,9 @@ class Session:
                 # rows that came back from judgement may be more than a batch
                 for part in self._split(rows) if len(rows) > self.batch_size else [rows] if len(rows) else []:
                     lookahead.room = self.batch_size
-                    moved = self._fitting(partial(self._advance, attack, target, part, lookahead), target, advance)
+                    step = partial(self._advance, attack, target, part, lookahead)
+                    # once memory ran out, what was cut for larger batches waits to be cut anew
+                    moved = self._fitting(step, target, advance) if len(part) <= self.batch_size else None
                     left, claimed = moved or (part, [])
                     aside += claimed
                     if len(left):
@@ -138,7 +142,8 @@ class Session:
                 judged, aside = self._split(Rows.join(aside)) if aside else [], []
                 for part in judged:
                     settle = partial(self._settle, part, runs, waiting, advance)
-                    if (settled := self._fitting(settle, target, advance)) is None:
+                    settled = self._fitting(settle, target, advance) if len(part) <= self.batch_size else None
+                    if settled is None:
                         aside.append(part)
                         continue
                     again, ended = settled
@@ -179,22 +184,22 @@ class Session:
     ) -> tuple[Rows, list[Rows]]:
         """One step, or several where the attack can look ahead: the rows that go on, and those to be judged."""
         count = len(rows)
-        depth = lookahead.depth(count)
-        if depth > 1:
-            asked = lookahead.extend(rows, depth)
-        else:
-            asked = rows.select(padding(rows)) if count < SMALLEST_BATCH else rows
+        depth = lookahead.depth(rows)
+        asked = lookahead.extend(rows, depth) if depth > 1 else rows
+        real = len(asked)
+        if real < SMALLEST_BATCH:
+            asked = asked.select(padding(asked))
         before = target.passes.forwards
-        target.passes.share = 1.0 if depth > 1 else count / len(asked)
+        target.passes.share = real / len(asked)
         moved, claim, done = self._step(attack, target, asked, count)
+        if real < len(asked):
+            first = torch.arange(real, device=moved.index.device)
+            asked, moved, claim, done = asked.select(first), moved.select(first), claim[:real], done[:real]
         if depth > 1:
             last, questions = lookahead.reached(asked, moved, claim | done, depth)
             # what was asked ahead in vain counts as little as padding does
-            target.passes.forwards -= (target.passes.forwards - before) * (len(asked) - questions) // len(asked)
+            target.passes.forwards -= (target.passes.forwards - before) * (real - questions) // real
             moved, claim, done = moved.select(last), claim[last], done[last]
-        elif count < len(asked):
-            real = torch.arange(count, device=moved.index.device)
-            moved, claim, done = moved.select(real), claim[:count], done[:count]
         aside = [moved.select(claim)] if bool(claim.any()) else []
         finished = done & ~claim
         if bool(finished.any()):
@@ -211,9 +216,18 @@ class Session:
         rng = KeyedRandom(self.seed, self.ids[rows.index], rows.run, rows.step + 1)
         given = (rows.x_adv, rows.y)
         versions = [tensor._version for tensor in given]
+        remembered = {name: tensor._version for name, tensor in rows.state.items()}
         if self.observer is not None:
             self.observer.begin(target, rows, count)
-        x_adv, state = attack.step(target, rows.x_adv, rows.y, rows.state, self.threat, rng)
+        try:
+            x_adv, state = attack.step(target, rows.x_adv, rows.y, rows.state, self.threat, rng)
+        except RuntimeError as error:
+            if is_out_of_memory(error) and remembered != {name: one._version for name, one in rows.state.items()}:
+                raise AttackError(
+                    f"{self.name} ran out of memory after it had written into its state, so the step cannot be tried "
+                    "again in a smaller batch; return new state tensors, or lower --batch-size"
+                ) from error
+            raise
         state = dict(state)
         stopped = state.pop("done", None)
         if versions != [tensor._version for tensor in given]:

@@ -15,7 +15,7 @@ from ensdef.harness import Outcome, attack_model
 from ensdef.lookahead import Lookahead
 from ensdef.registry import ATTACKS
 from ensdef.rng import KeyedRandom
-from ensdef.rows import SMALLEST_BATCH
+from ensdef.rows import SMALLEST_BATCH, Rows
 from ensdef.target import Target
 from ensdef.threat import Threat
 
@@ -25,7 +25,7 @@ EPS = {"linf": 0.02, "l2": 0.1}
 
 def one_by_one(monkeypatch: pytest.MonkeyPatch, model: nn.Module, x: Tensor, y: Tensor, spec: AttackSpec) -> Outcome:
     with monkeypatch.context() as patch:
-        patch.setattr(Lookahead, "depth", lambda self, count: 1)
+        patch.setattr(Lookahead, "depth", lambda self, rows: 1)
         return attack_model(model, x, y, spec)
 
 
@@ -36,14 +36,11 @@ def same(one: Outcome, other: Outcome) -> None:
 
 
 @both_norms
-@pytest.mark.parametrize("success", ["any", "last"])
 @pytest.mark.parametrize("count", [1, 5, 17, 60])
-def test_asking_ahead_changes_neither_points_nor_passes(
-    norm: str, success: str, count: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_asking_ahead_changes_neither_points_nor_passes(norm: str, count: int, monkeypatch: pytest.MonkeyPatch) -> None:
     model, x = linear(10), images(count)
     y = decisions(model, x)
-    spec = AttackSpec.create("square", {"queries": 60, "restarts": 2, "success": success}, norm, EPS[norm])
+    spec = AttackSpec.create("square", {"queries": 60, "restarts": 2}, norm, EPS[norm])
     ahead = attack_model(model, x, y, spec)
     same(ahead, one_by_one(monkeypatch, model, x, y, spec))
     if count == 60:
@@ -131,6 +128,14 @@ def test_a_wrong_guess_costs_time_and_changes_nothing(monkeypatch: pytest.Monkey
     assert bool(right.robust.any())
 
 
+def test_under_last_nothing_is_asked_ahead() -> None:
+    """The health report looks at every point on the way there."""
+    x = images(1)
+    model = Counting(linear(10))
+    attacked(model, x, decisions(model.model, x), "square", 1e-4, queries=50, success="last")
+    assert float(model.calls) >= 50
+
+
 @pytest.mark.parametrize(("what", "message"), [(None, "returned"), (torch.nan, "NaN")])
 def test_a_guess_that_is_no_point_is_an_error(
     what: float | None, message: str, monkeypatch: pytest.MonkeyPatch
@@ -148,20 +153,38 @@ def ahead(possible: bool, room: int = 128) -> Lookahead:
 
 
 def test_an_attack_that_foresees_nothing_asks_nothing_ahead() -> None:
-    assert [ahead(False).depth(count) for count in (1, 16, 128)] == [1, 1, 1]
+    assert [ahead(False).depth(rows(count)) for count in (1, 16, 128)] == [1, 1, 1]
+
+
+def rows(count: int, step: int = 0) -> Rows:
+    """Runs of which some are at a later step than others."""
+    index = torch.arange(count)
+    steps = torch.full_like(index, step).where(index % 2 == 0, torch.zeros_like(index))
+    x = torch.zeros(count, 1)
+    return Rows(index, index, steps, index < 0, x, index, x, x)
 
 
 def test_a_small_batch_is_filled_whatever_the_odds_and_a_full_one_never() -> None:
-    assert ahead(True).depth(1) == SMALLEST_BATCH
-    assert ahead(True).depth(5) == 4
-    assert ahead(True).depth(128) == 1
-    assert ahead(True, room=16).depth(20) == 1
+    assert ahead(True).depth(rows(1)) == SMALLEST_BATCH
+    assert ahead(True).depth(rows(5)) == 4
+    assert ahead(True).depth(rows(128)) == 1
+
+
+@pytest.mark.parametrize("count", range(1, 20))
+def test_a_batch_never_has_more_rows_than_there_is_room_for(count: int) -> None:
+    assert count * ahead(True, room=16).depth(rows(count)) <= max(16, count)
+
+
+def test_nothing_is_asked_beyond_the_last_step() -> None:
+    queries = ATTACKS.get("square").Params().queries
+    assert ahead(True).depth(rows(2, step=queries - 3)) == 3
+    assert ahead(True).depth(rows(2, step=queries - 1)) == 1
 
 
 def test_it_looks_further_ahead_when_answers_become_predictable() -> None:
     look = ahead(True)
-    assert look.depth(20) == 2
+    assert look.depth(rows(20)) == 2
     look.surprises = 0.01
-    assert look.depth(20) == 6
+    assert look.depth(rows(20)) == 6
     look.surprises = 0.1
-    assert look.depth(20) == 2
+    assert look.depth(rows(20)) == 2

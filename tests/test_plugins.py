@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import json
 import os
+import re
 import subprocess
 import sys
 import textwrap
@@ -171,7 +172,7 @@ def test_a_change_of_a_formula_asks_for_a_new_training_and_a_change_of_a_comment
         words = ("--method", "edited", "--attack", "fgsm", *SMALL, "--dry-run", "--results", tmp_path)
         result = ens("bench", "--plugin", plugin, *words)
         assert result.exit_code == 0, result.output
-        return result.stdout.partition("\n")[0].split("  ")[3]
+        return re.findall(r"\b[0-9a-f]{16}\b", result.stdout)[0]
 
     first = key("def predict(self, x):\n    return super().predict(x)")
     assert key('def predict(self, x):\n    """Now told."""\n    return super().predict(x)  # as before') == first

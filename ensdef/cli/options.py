@@ -102,7 +102,7 @@ _RUN_OPTIONS = [
     click.option(
         "--gpus-per-cell",
         type=click.FloatRange(min=0),
-        help="GPUs that a Ray task takes [default: 1 with --device cuda, else 0].",
+        help="GPUs that a Ray task takes [default: 1 with --device cuda, else 0; with --device auto, 0 means the CPU].",
     ),
     click.option(
         "--json",

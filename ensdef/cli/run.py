@@ -131,11 +131,14 @@ def _go(protocol: Protocol, table: str, protocol_id: str | None, options: RunOpt
 
 
 def _report(records: list[Record], protocol: Protocol, table: str, results: Path, as_json: bool) -> None:
+    from ensdef.claims import one_at_a_time
     from ensdef.tables import Manifests, markdown, write_table
 
-    # a bench adds to what was benched before; a protocol's table is the protocol's cells and no others
-    Manifests(results).write(table, protocol.title if table != "bench" else "Bench", records, extend=table == "bench")
-    paths = write_table(table, results, results / "tables")
+    with one_at_a_time(results, "tables"):
+        # a bench adds to what was benched before; a protocol's table is the protocol's cells and no others
+        title = protocol.title if table != "bench" else "Bench"
+        Manifests(results).write(table, title, records, extend=table == "bench")
+        paths = write_table(table, results, results / "tables")
     click.echo(markdown(records, results), err=as_json)
     click.echo(f"tables: {', '.join(map(str, paths))}; records: {results / 'records'}", err=as_json)
     if as_json:

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Callable, Iterable
+
 import torch
 
+from ensdef.backend import free_memory, is_out_of_memory
 from ensdef.health import basic
 from ensdef.health.case import Case
 from ensdef.health.catalogue import Finding, Tier, finding
+from ensdef.rows import SMALLEST_BATCH
 
 
 def report(case: Case, tier: Tier) -> list[Finding]:
@@ -22,9 +27,22 @@ def report(case: Case, tier: Tier) -> list[Finding]:
     # a model that draws shall not draw otherwise after its examination
     with torch.random.fork_rng():
         for look in looks:
-            try:
-                found.extend(look(case))
-            except Exception as error:  # a strange model must not lose its result
-                found.append(finding("unexamined", 0.0, f"{type(error).__name__}: {error}"))
+            found += _found(look, case)
     case.judge.forget()
     return found
+
+
+def _found(look: Callable[[Case], Iterable[Finding]], case: Case) -> list[Finding]:
+    found: list[Finding] = []
+    try:
+        for one in look(case):
+            found.append(one)
+    except Exception as error:  # a strange model must not lose its result
+        smaller = case.batch_size // 2
+        if not is_out_of_memory(error) or smaller < SMALLEST_BATCH:
+            return [*found, finding("unexamined", 0.0, f"{type(error).__name__}: {error}")]
+    else:
+        return found
+    case.judge.forget()
+    free_memory()
+    return _found(look, dataclasses.replace(case, batch_size=smaller))
