@@ -16,9 +16,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from click.testing import CliRunner
 
 from ensdef.attack_spec import AttackSpec
 from ensdef.claims import Claims
+from ensdef.cli import cli, run  # noqa: F401 - run adds its commands
 from ensdef.errors import CheckpointError, UsageError
 from ensdef.executor import LocalExecutor
 from ensdef.jobs import CellJob, Job, Result, TrainJob, attempt
@@ -137,6 +140,45 @@ def test_a_damaged_checkpoint_stops_the_run_and_frees_its_claims(tmp_path: Path)
     assert Claims(tmp_path).take(cell(attack="pgd").key)
 
 
+def test_a_failed_prerequisite_fails_what_is_built_on_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    perform = TrainJob.perform
+
+    def breaking(self: TrainJob, where: Path, progress: Progress) -> None:
+        if self.spec.method == "nat":
+            raise RuntimeError("the base broke")
+        perform(self, where, progress)
+
+    monkeypatch.setattr(TrainJob, "perform", breaking)
+    executor = Recording(tmp_path, 10)
+    records = run_cells([cell("igat", base="nat"), cell("adv_en")], Run(tmp_path), executor=executor)
+    assert [record.error for record in records] == ["the base broke", None]
+    assert not [label for label in executor.given if "igat" in label], "not even begun"
+
+
+def test_what_failed_here_and_was_done_elsewhere_is_taken_from_there(tmp_path: Path) -> None:
+    class Overtaken(Recording):
+        """Another driver trains it after this one has failed to."""
+
+        def next(self) -> tuple[Job, Result]:
+            job = self.waiting.pop(0)
+            result = attempt(job, self.results, Progress())
+            return job, Result(error="no memory just then") if isinstance(job, TrainJob) else result
+
+    (record,) = run_cells([cell()], Run(tmp_path), executor=Overtaken(tmp_path, 10))
+    assert record.error is None
+
+
+def test_a_cell_that_failed_on_a_gpu_elsewhere_is_recorded_where_there_is_none(tmp_path: Path) -> None:
+    class Lost(Recording):
+        def next(self) -> tuple[Job, Result]:
+            return self.waiting.pop(0), Result(error="the node died")
+
+    (record,) = run_cells([cell()], Run(tmp_path, device="cuda"), executor=Lost(tmp_path, 10))
+    assert record.error == "the node died"
+    if not torch.cuda.is_available():
+        assert record.provenance["device_name"] == "unknown"
+
+
 # --- several drivers ------------------------------------------------------------------------------
 
 
@@ -167,14 +209,54 @@ def test_a_claim_dies_with_its_holder(tmp_path: Path) -> None:
     assert Claims(tmp_path).take("a" * 64)
 
 
+@pytest.mark.parametrize("code", ["ENOLCK", "ENOSYS", "EOPNOTSUPP"])
+def test_where_locks_do_not_work_a_driver_says_so_once_and_goes_on(
+    code: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import errno
+    import fcntl
+
+    def refuse(*args: Any) -> None:
+        raise OSError(getattr(errno, code), "no locks here")
+
+    told: list[str] = []
+    progress = Progress()
+    progress.message = told.append  # type: ignore[method-assign]
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    records = run_cells([cell(), cell(attack="pgd")], Run(tmp_path), progress)
+    assert [record.error for record in records] == [None, None]
+    assert sum("locks do not work" in text and "one at a time" in text for text in told) == 1
+
+
+def test_a_driver_that_waits_for_others_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    other = Claims(tmp_path)
+    assert other.take(cell().training.key)
+    monkeypatch.setattr("ensdef.runner.POLL", 0.01)
+
+    told: list[str] = []
+
+    def free(text: str) -> None:
+        told.append(text)
+        other.release_all()
+
+    progress = Progress()
+    progress.message = free  # type: ignore[method-assign]
+    (record,) = run_cells([cell()], Run(tmp_path), progress)
+    assert record.error is None
+    assert "at work on all that is left (1 cells)" in told[0]
+    assert sum("at work on all" in text for text in told) == 1
+
+
 def test_drivers_on_one_folder_share_the_work_and_repeat_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     performed: list[str] = []
+    one_at_a_time = threading.Lock()  # drivers are processes: what is global in one, trainings may change for a while
     for kind in (TrainJob, CellJob):
         perform: Callable[..., Any] = kind.perform
 
         def noted(self: Any, where: Path, progress: Progress, perform: Callable[..., Any] = perform) -> Any:
             performed.append(self.label)
-            return perform(self, where, progress)
+            with one_at_a_time:
+                return perform(self, where, progress)
 
         monkeypatch.setattr(kind, "perform", noted)
     monkeypatch.setattr("ensdef.runner.POLL", 0.05)
@@ -194,18 +276,53 @@ def test_drivers_on_one_folder_share_the_work_and_repeat_none(tmp_path: Path, mo
     assert [told(record) for record in found[0]] == [told(record) for record in found[2]]
 
 
-def test_drivers_killed_at_random_leave_the_rest_to_the_others(tmp_path: Path) -> None:
-    words = ["--method", "nat", "--attack", "fgsm,bim", "--seed", "0,1,2", *SMALL, "--results", os.fspath(tmp_path)]
-    command = [sys.executable, "-m", "ensdef", "bench", *words, "--json"]
+#: Notes in a file every training and every attack that is begun.
+NOTING = '''
+"""Throw-away defence (A. Author; nowhere, 2020)."""
+
+import pathlib
+import sys
+
+import ensdef
+from ensdef.losses import member_cross_entropy
+
+LOG = pathlib.Path(__file__).with_suffix(".log")
+
+
+def note(text):
+    with LOG.open("a") as file:
+        file.write(text + "\\n")
+
+
+@ensdef.register_defense("noting")
+class Noting(ensdef.EnsembleDefense):
+    """Plain cross-entropy."""
+
+    def warm_start(self, prerequisites):
+        import torch
+        note(f"train {torch.initial_seed()}")
+
+    def loss(self, batch, progress):
+        return {"ce": member_cross_entropy(self.member_logits(batch.x), batch.y).mean(dim=1).sum()}
+'''
+
+
+def test_what_a_killed_driver_leaves_is_done_by_the_others_and_what_it_did_is_not_repeated(tmp_path: Path) -> None:
+    plugin = tmp_path / "noting.py"
+    plugin.write_text(NOTING)
+    words = ["--plugin", os.fspath(plugin), "--method", "noting", "--attack", "fgsm,bim", "--seed", "0,1,2,3", *SMALL]
+    command = [sys.executable, "-m", "ensdef", "bench", *words, "--results", os.fspath(tmp_path / "r"), "--json"]
     first = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     second = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    wait_for(lambda: any(tmp_path.glob("checkpoints/*/spec.json")), 60)
+    wait_for(lambda: any(tmp_path.glob("r/checkpoints/*/spec.json")), 60)
     first.kill()
     first.wait()
     out, err = second.communicate(timeout=120)
     assert second.returncode == 0, err
-    assert [record["error"] for record in json.loads(out)] == [None] * 6
-    assert not list(tmp_path.rglob(".*.json.*")), "no half-written file"
+    assert [record["error"] for record in json.loads(out)] == [None] * 8
+    trainings = (tmp_path / "noting.log").read_text().split("\n")[:-1]
+    assert set(trainings) == {f"train {seed}" for seed in range(4)}
+    assert len(trainings) <= 4 + 1, "at most what the killed one was at"
 
 
 # --- Ray ------------------------------------------------------------------------------------------
@@ -354,6 +471,31 @@ def test_a_node_that_dies_loses_nothing(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_what_goes_wrong_on_a_node_is_told_as_it_is(cluster: Any, tmp_path: Path) -> None:
+    plugin = tmp_path / "noting.py"
+    plugin.write_text(NOTING + "\nif 'default_worker' in sys.argv[0]: raise OSError('no such disk')\n")
+    words = ("--plugin", plugin, "--method", "noting", "--attack", "fgsm")
+    (failed,) = finished(bench(cluster, *words, results=tmp_path / "r"), code=1)
+    assert "OSError: no such disk" in failed["error"]
+    assert "\x1b" not in failed["error"]
+
+
+@pytest.mark.slow
+def test_when_no_node_is_left_that_could_run_a_cell_it_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from ensdef.ray_executor import RayExecutor
+
+    monkeypatch.setattr("ensdef.ray_executor.PATIENCE", 0.5)
+    monkeypatch.setattr("ensdef.ray_executor.NODE_PATIENCE", 1.0)
+    with contextlib.ExitStack() as stack:
+        cluster = start(stack, 0)
+        node = cluster.add_node(num_cpus=1)
+        executor = RayExecutor(tmp_path, cluster.address)
+        cluster.remove_node(node, allow_graceful=False)
+        (record,) = run_cells([cell()], Run(tmp_path), executor=executor)
+    assert "no node of the Ray cluster could run it" in (record.error or "")
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(("option", "what"), [("--gpus-per-cell", "GPUs"), ("--cpus-per-cell", "cores")])
 def test_more_than_a_node_has_is_refused(cluster: Any, option: str, what: str, tmp_path: Path) -> None:
     process = bench(cluster, "--method", "nat", "--attack", "fgsm", option, "64", results=tmp_path)
@@ -396,20 +538,12 @@ def test_without_ray_the_message_says_how_to_install_it(tmp_path: Path, monkeypa
 
 @pytest.mark.parametrize("option", ["--ray-address", "--cpus-per-cell", "--gpus-per-cell"])
 def test_options_of_ray_are_refused_without_it(option: str, tmp_path: Path) -> None:
-    from click.testing import CliRunner
-
-    from ensdef.cli import cli
-
     result = CliRunner().invoke(cli, ["bench", option, "1", "--results", str(tmp_path)])
     assert result.exit_code == 2
     assert f"{option} is for --executor ray" in result.output
 
 
 def test_several_devices_are_for_one_machine(tmp_path: Path) -> None:
-    from click.testing import CliRunner
-
-    from ensdef.cli import cli
-
     result = CliRunner().invoke(cli, ["bench", "--executor", "ray", "--devices", "2", "--results", str(tmp_path)])
     assert result.exit_code == 2
     assert "leave --devices out" in result.output

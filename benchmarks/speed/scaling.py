@@ -18,7 +18,6 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from statistics import mean, median
 
 import torch
@@ -29,6 +28,7 @@ from torch import Tensor
 import ensdef
 from ensdef.attack_spec import AttackSpec
 from ensdef.harness import attack_model
+from ensdef.planner.stopwatch import Stopwatch
 
 CLASSES, SHAPE, MEMBERS = 10, (3, 32, 32), 3
 BATCH, STEPS, DECADE, ROUNDS = 32, 5, (1.0, math.sqrt(10), 10.0), 3
@@ -148,13 +148,12 @@ def memory_of_a_process(arch: str, samples: int) -> float:
 
 def memory_of(arch: str, samples: int) -> float:
     """Megabytes by which an attack raises the high-water mark of this process above what it holds before."""
-    import resource
-
     model, x, y = untrained(arch, Load(samples=samples))
-    pages = int(Path("/proc/self/statm").read_text(encoding="utf-8").split()[1])
-    before = pages * resource.getpagesize()
+    watch = Stopwatch()
+    watch.begin_peak()
+    before = watch.peak()
     attacked(model, x, y, 2, 128)
-    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before) / MEGABYTE
+    return (watch.peak() - before) / MEGABYTE
 
 
 if __name__ == "__main__":
