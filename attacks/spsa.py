@@ -19,7 +19,7 @@ from ensdef.target import Target
 from ensdef.threat import Threat
 
 #: Pairs of images a pass; bounds the memory, cannot change a draw.
-PAIRS_A_PASS = 256
+PAIRS_A_PASS = 32
 #: Adam's decay rates and floor, as Kingma and Ba give them.
 MEAN_DECAY, SQUARE_DECAY, FLOOR = 0.9, 0.999, 1e-8
 

@@ -243,12 +243,13 @@ class Session:
             self.observer.end(target, rows, count, scores)
         target.forget()
         step, kept = rows.step + 1, self._kept(state, len(rows))
+        if stopped is not None:  # should its claim be denied, it has no further step to take
+            step = torch.where(stopped, attack.steps, step)
         moved = Rows(rows.index, rows.run, step, rows.final, rows.x, rows.y, x_adv, rows.x_adv.detach(), kept)
         claim = torch.zeros_like(moved.final) if scores is None else _claims(scores, moved.y)
         if self.min_norm:  # one that fools from too far away is no success yet
             claim &= self._near(moved.candidate, moved.x)
-        done = moved.step >= attack.steps
-        return moved, claim, done if stopped is None else done | stopped
+        return moved, claim, moved.step >= attack.steps
 
     def _settle(
         self, rows: Rows, runs: int, waiting: deque[tuple[int, int]], advance: Advance

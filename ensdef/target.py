@@ -174,7 +174,20 @@ class Target:
             self.witness(x, result)
         return result
 
+    def _laid_out(self, x: Tensor) -> Tensor:
+        """``x`` in the layout of the convolutions; attacks that put batches together lose it, at 1.4 times the cost."""
+        if x.dim() != 4 or x.is_contiguous(memory_format=self.memory_format):
+            return x
+        known = None if x.requires_grad else self.memory.find("layout", x)
+        if known is None:
+            known = x.contiguous(memory_format=self.memory_format)
+            if not x.requires_grad:
+                self.memory.keep("layout", x, known)
+        laid_out: Tensor = known
+        return laid_out
+
     def _compute(self, function: Callable[[Tensor], T], x: Tensor) -> T:
+        x = self._laid_out(x)
         if self.precision != "bf16":
             return function(x)
         with torch.autocast(x.device.type, dtype=torch.bfloat16):

@@ -247,6 +247,27 @@ def test_after_a_denied_claim_the_run_ends_where_it_would_have_ended(monkeypatch
     torch.testing.assert_close(claimed.x_adv[kept], honest.x_adv[kept], rtol=0, atol=2e-7)
 
 
+def test_a_run_that_ended_early_on_a_denied_claim_is_judged_once_more_where_it_ended_and_not_tried_again(
+    register: Register, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Satisfied(Toy):
+        """Looks once, moves, and thinks that it is done."""
+
+        def step(
+            self, target: Target, x_adv: Tensor, y: Tensor, state: State, threat: Threat, rng: KeyedRandom
+        ) -> tuple[Tensor, State]:
+            target(x_adv)
+            return x_adv + 0.01, {"done": torch.ones_like(y, dtype=torch.bool)}
+
+    monkeypatch.setattr(ensdef.harness, "Target", Lying)
+    model, x = linear(), images(37)
+    outcome = attacked(model, register(Satisfied), x, steps=30, eps=0.05)
+    assert bool(outcome.robust.all())
+    # the search's look, the judgement of its claim, the judgement of the end
+    assert outcome.forwards == 37 * 3
+    torch.testing.assert_close(outcome.x_adv, (x + 0.01).clamp(0, 1))
+
+
 def coarse() -> LinearClassifier:
     """Classes that differ in the last bits of their weights only: bf16 cannot tell them apart."""
     generator = torch.Generator().manual_seed(2)

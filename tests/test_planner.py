@@ -370,7 +370,7 @@ def test_the_dry_run_prints_costs_totals_and_what_they_rest_on(tmp_path: Path) -
     for line in listed.splitlines():
         assert re.search(r"  [0-9a-f]{16}  [\d.]+ s  [\d.]+k? passes  \d+ MiB$", line), line
     assert "trainings, each once:" in summary
-    assert re.search(r"to do: 2 trainings, 2 cells of 2; [\d.]+k passes, [\d.]+ s, memory \d+ MiB", summary)
+    assert re.search(r"to do: 2 trainings, 2 cells of 2; [\d.]+k? passes, [\d.]+ (s|min), memory \d+ MiB", summary)
     assert "measured just now" in summary
     assert "assumed that 95% of the images are right" in summary
     assert [path for path in tmp_path.rglob("*") if path.is_file()] == []

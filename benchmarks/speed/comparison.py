@@ -21,7 +21,7 @@ from ensdef.metrics import binomial_stderr
 from ensdef.notation import fraction
 
 #: Engines that together take less than this (seconds) are run in turns three times; the median counts.
-SHORT, TURNS = 20.0, 3
+SHORT, TURNS = 8.0, 3
 #: Points farther away than this beyond the radius are no successes.
 SLACK = 1e-5
 
