@@ -11,6 +11,8 @@ import contextlib
 import os
 import pickle
 import socket
+import subprocess
+import sys
 import tempfile
 import time
 import uuid
@@ -201,7 +203,7 @@ def perform_in_scratch(
 
 
 def _probe(address: str) -> None:
-    """Refuse an address at which nothing listens; Ray itself would wait for minutes.
+    """Refuse an address at which no cluster answers; Ray itself would wait for minutes.
 
     Raises:
         UsageError: see above.
@@ -211,8 +213,12 @@ def _probe(address: str) -> None:
         raise UsageError(f"--ray-address is {address!r}; expected host:port, ray://host:port or auto")
     try:
         socket.create_connection((host, int(port)), timeout=PATIENCE).close()
-    except OSError as error:
+        if not address.startswith("ray://"):
+            check = [sys.executable, "-m", "ray.scripts.scripts", "health-check", "--address", address]
+            subprocess.run(check, check=True, capture_output=True, timeout=2 * PATIENCE)
+    except (OSError, subprocess.SubprocessError) as error:
+        why = error if isinstance(error, OSError) else "something else listens there"
         raise UsageError(
-            f"no Ray cluster answers at {address} ({error}); start one with `ray start --head`, or leave "
-            "--ray-address out to use this machine"
+            f"no Ray cluster answers at {address} ({why}); start one with `ray start --head`, which prints its "
+            "address, or leave --ray-address out to use this machine"
         ) from error

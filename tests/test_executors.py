@@ -520,6 +520,21 @@ def test_a_cluster_that_does_not_answer_is_refused_at_once(tmp_path: Path) -> No
     assert time.monotonic() - began < 30
 
 
+def test_an_address_where_something_else_listens_is_refused_soon(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import socket
+
+    from ensdef.ray_executor import RayExecutor
+
+    monkeypatch.setattr("ensdef.ray_executor.PATIENCE", 2.0)
+    with socket.socket() as silent:
+        silent.bind(("127.0.0.1", 0))
+        silent.listen()
+        with pytest.raises(UsageError, match="something else listens there"):
+            RayExecutor(tmp_path, address=f"127.0.0.1:{silent.getsockname()[1]}")
+
+
 @pytest.mark.parametrize("address", ["nonsense", "host:", ":123", "ray://host"])
 def test_an_address_that_is_none_is_refused(address: str, tmp_path: Path) -> None:
     from ensdef.ray_executor import RayExecutor
