@@ -18,8 +18,9 @@ from ensdef.rng import KeyedRandom
 from ensdef.target import Target
 from ensdef.threat import Threat
 
-#: Pairs of images a pass; bounds the memory, cannot change a draw.
-PAIRS_A_PASS = 32
+#: Pairs of points evaluated in one pass, over all images of a batch; on a CPU fewer where images are large: passes
+#: whose activations leave its cache take longer a point.
+PAIRS_A_PASS, VALUES_A_PASS = 256, 2**18
 #: Adam's decay rates and floor, as Kingma and Ba give them.
 MEAN_DECAY, SQUARE_DECAY, FLOOR = 0.9, 0.999, 1e-8
 
@@ -76,7 +77,8 @@ class Spsa(IterativeAttack):
         """Estimate of the margin's gradient, like ``x``: mean of (L(x + c v) - L(x - c v)) v / 2c over signs v."""
         pairs, delta = self.params.samples // 2, self.params.delta
         total = torch.zeros_like(x)
-        at_once = max(1, PAIRS_A_PASS // len(x))
+        room = PAIRS_A_PASS if x.is_cuda else min(PAIRS_A_PASS, VALUES_A_PASS // (2 * x[0].numel()))
+        at_once = max(1, room // len(x))
         for done in range(0, pairs, at_once):
             directions = torch.stack([rng.signs(*x.shape[1:]) for _ in range(min(at_once, pairs - done))])
             probes = torch.cat([x + delta * directions, x - delta * directions]).flatten(0, 1)
