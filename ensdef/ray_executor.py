@@ -60,7 +60,7 @@ class RayExecutor:
         gpus: float = 0.0,
     ) -> None:
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-        # a GPU stays visible to jobs that asked for none, so that `--device cuda` fails loudly, not on the CPU
+        # what Ray announces as its coming default, and otherwise warns about
         os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
         try:
             import ray

@@ -175,7 +175,7 @@ class Target:
         return result
 
     def _laid_out(self, x: Tensor) -> Tensor:
-        """``x`` in the layout of the convolutions; attacks that put batches together lose it, at 1.4 times the cost."""
+        """``x`` in the faster layout, that of the convolutions; attacks that put batches together lose it."""
         if x.dim() != 4 or x.is_contiguous(memory_format=self.memory_format):
             return x
         known = None if x.requires_grad else self.memory.find("layout", x)

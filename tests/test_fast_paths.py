@@ -7,7 +7,7 @@ of its own.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -111,14 +111,29 @@ IN_NORMS = [
 ]
 
 
+class Case(NamedTuple):
+    """An ensemble, its images, and an attack with its parameters and norm."""
+
+    seed: int
+    members: int
+    method: str
+    attack: tuple[str, dict[str, Any], str]
+    count: int
+    batch_size: int
+    scale: float
+
+
 cases = given(
-    seed=st.integers(0, 10_000),
-    members=st.integers(1, 4),
-    method=st.sampled_from(["nat", "soe"]),
-    attack=st.sampled_from(IN_NORMS),
-    count=st.integers(1, 70),
-    batch_size=st.sampled_from([1, 16, 33, 128]),
-    scale=st.sampled_from([4.0, 20.0]),
+    case=st.builds(
+        Case,
+        seed=st.integers(0, 10_000),
+        members=st.integers(1, 4),
+        method=st.sampled_from(["nat", "soe"]),
+        attack=st.sampled_from(IN_NORMS),
+        count=st.integers(1, 70),
+        batch_size=st.sampled_from([1, 16, 33, 128]),
+        scale=st.sampled_from([4.0, 20.0]),
+    )
 )
 found = settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 
@@ -126,41 +141,25 @@ found = settings(max_examples=60, deadline=None, derandomize=True, suppress_heal
 @pytest.mark.slow
 @found
 @cases
-def test_fast_and_plain_find_the_same_images(
-    seed: int,
-    members: int,
-    method: str,
-    attack: tuple[str, dict[str, Any], str],
-    count: int,
-    batch_size: int,
-    scale: float,
-) -> None:
-    model = ensemble(seed, members, method, scale)
-    x, y = labelled(model, seed, count)
-    name, params, norm = attack
-    spec = AttackSpec.create(name, params, norm, EPS[norm], seed=seed)
-    assert torch.equal(fast(model, x, y, spec, batch_size).robust, plainly(model, x, y, spec))
+def test_fast_and_plain_find_the_same_images(case: Case) -> None:
+    model = ensemble(case.seed, case.members, case.method, case.scale)
+    x, y = labelled(model, case.seed, case.count)
+    name, params, norm = case.attack
+    spec = AttackSpec.create(name, params, norm, EPS[norm], seed=case.seed)
+    assert torch.equal(fast(model, x, y, spec, case.batch_size).robust, plainly(model, x, y, spec))
 
 
 @pytest.mark.slow
 @settings(found, max_examples=30)
 @cases
-def test_a_search_in_bf16_finds_no_success_that_fp32_denies_and_both_are_never_weaker_than_fp32(
-    seed: int,
-    members: int,
-    method: str,
-    attack: tuple[str, dict[str, Any], str],
-    count: int,
-    batch_size: int,
-    scale: float,
-) -> None:
-    model = ensemble(seed, members, method, scale)
-    x, y = labelled(model, seed, count)
-    name, params, norm = attack
+def test_a_search_in_bf16_finds_no_success_that_fp32_denies_and_both_are_never_weaker_than_fp32(case: Case) -> None:
+    model = ensemble(case.seed, case.members, case.method, case.scale)
+    x, y = labelled(model, case.seed, case.count)
+    name, params, norm = case.attack
     robust = {}
     for search in ("fp32", "bf16", "bf16+fp32"):
-        spec = AttackSpec.create(name, params, norm, EPS[norm], seed=seed, search=search)
-        outcome = fast(model, x, y, spec, batch_size)
+        spec = AttackSpec.create(name, params, norm, EPS[norm], seed=case.seed, search=search)
+        outcome = fast(model, x, y, spec, case.batch_size)
         robust[search] = outcome.robust
         with torch.no_grad():
             assert torch.equal(model(outcome.x_adv).argmax(dim=1) == y, outcome.robust)

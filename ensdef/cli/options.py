@@ -16,7 +16,6 @@ from ensdef.errors import UsageError
 if TYPE_CHECKING:
     from ensdef.executor import Executor
     from ensdef.health.catalogue import Tier
-    from ensdef.progress import Progress
 
 
 def _config(ctx: click.Context, parameter: click.Parameter, value: str | None) -> dict[str, Any]:
@@ -161,16 +160,14 @@ class RunOptions:
             )
         return options
 
-    def make_executor(self, progress: Progress) -> Executor:
-        """Where the cells run.
+    def make_executor(self) -> Executor | None:
+        """Where the cells run; None: in this process.
 
         Raises:
             UsageError: Ray is not installed, does not answer, or lacks what a cell asks for.
         """
         if self.executor == "local":
-            from ensdef.executor import LocalExecutor
-
-            return LocalExecutor(self.results, progress)
+            return None
         from ensdef.ray_executor import RayExecutor
 
         gpus = self.gpus_per_cell if self.gpus_per_cell is not None else float(self.device == "cuda")

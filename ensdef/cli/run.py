@@ -124,7 +124,7 @@ def _go(protocol: Protocol, table: str, protocol_id: str | None, options: RunOpt
     progress = ConsoleProgress()
     run = Run(results, where, options.batch_size, protocol_id, health, options.devices)
     with contextlib.redirect_stdout(sys.stderr):  # plug-ins and Ray print where they like; stdout is for the results
-        records = run_cells(cells, run, progress, options.make_executor(progress))
+        records = run_cells(cells, run, progress, options.make_executor())
     _report(records, protocol, table, results, options.as_json)
     if any(record.error for record in records):
         sys.exit(1)
