@@ -55,7 +55,7 @@ class Sizes:
 
 SIZES = {
     "small": Sizes(128, 24, 24, 1000, 10, ("fp32", "bf16"), 32, 2, 2000),
-    "full": Sizes(512, 48, 48, 5000, 50, ("fp32", "bf16", "bf16+fp32"), 64, 3, 10_000),
+    "full": Sizes(512, 48, 48, 5000, 50, ("fp32", "bf16"), 64, 3, 10_000),
 }
 GRADIENT_ATTACKS = ("bim", "mim", "cw", "mul_pgd")
 STEPS_CLAIMED = ("soe", "cce", "dverge[adversarial=true]")
