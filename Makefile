@@ -1,4 +1,4 @@
-.PHONY: install check test smoke tables speed speed-full
+.PHONY: install check test smoke tables replicate speed speed-full
 
 install:
 	pip install -e '.[test,lint]'
@@ -17,6 +17,13 @@ smoke:
 
 tables:
 	ensdef table --all --check
+
+# Every table of the papers, resumable: SCALE=smoke|mini|paper, RESULTS=folder, DATA=folder of images (mini)
+SCALE = smoke
+RESULTS = results
+replicate:
+	set -e; for table in $(basename $(notdir $(wildcard benchmarks/papers/*.toml))); do \
+	    ensdef run $$table --scale $(SCALE) --results $(RESULTS) $(if $(DATA),--data-dir $(DATA)); done
 
 # benchmarks/speed/README.md; DATA=folder of images (default: the digits), CHECKPOINT=folder of a trained defence
 SUBJECT = $(if $(DATA),--data-dir $(DATA)) $(if $(CHECKPOINT),--checkpoint $(CHECKPOINT))

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-import tomllib
 import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from importlib.resources import files
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from ensdef.errors import UsageError, suggest
-from ensdef.notation import NORMS, convert, parse_call, split_list
+from ensdef.notation import NORMS, convert, fraction, parse_call, split_list
+from ensdef.protocol_file import ProtocolFile, Refusal, protocol_paths, read_protocol_file
 
 if TYPE_CHECKING:
     from ensdef.attack_spec import AttackSpec
@@ -44,6 +42,8 @@ class Protocol:
 
     name: str
     version: int = 1
+    kind: Literal["grid", "leaderboard"] = "grid"
+    scale: str | None = None
     title: str = ""
     methods: tuple[str, ...] = ()
     attacks: tuple[AttackColumn, ...] = ()
@@ -69,57 +69,82 @@ class Protocol:
 
     @property
     def id(self) -> str:
-        """Name and version, written into the records of a run that changes nothing of the protocol."""
-        return f"{self.name}-v{self.version}"
+        """Name, version and scale, written into the records of a run that changes nothing of the protocol."""
+        return f"{self.name}-v{self.version}" + (f"-{self.scale}" if self.scale else "")
+
+    @property
+    def table(self) -> str:
+        """Name of its table."""
+        return f"{self.name}-{self.scale}" if self.scale else self.name
 
 
 def protocol_names() -> list[str]:
     """The protocols that ship with the package."""
-    return sorted(
-        path.name.removesuffix(".toml") for path in files("ensdef.benchmarks").iterdir() if path.name.endswith(".toml")
-    )
+    return sorted(protocol_paths())
 
 
-def load_protocol(name: str) -> Protocol:
-    """A shipped protocol by name, or a TOML file by path.
+def load_protocol(name: str, scale: str | None = None) -> Protocol:
+    """A shipped protocol by name, or a TOML file by path, that is a grid of defences and attacks.
 
+    Args:
+        scale: one of the protocol's scales; None: its first, if it has any.
     Raises:
-        UsageError: no such protocol, no TOML, or a key that protocols do not have.
+        UsageError: no such protocol or scale, no TOML, or a key that protocols do not have: with file, line and key.
     """
-    if name.endswith(".toml"):
-        path = Path(name)
-        if not path.is_file():
-            raise UsageError(f"no protocol file {name}")
-        try:
-            text, stem = path.read_text(encoding="utf-8"), path.stem
-        except (OSError, UnicodeDecodeError) as error:
-            raise UsageError(f"protocol {name} cannot be read: {error}") from error
-    else:
-        if name not in protocol_names():
-            raise UsageError(suggest("protocol", name, protocol_names()))
-        text, stem = files("ensdef.benchmarks").joinpath(f"{name}.toml").read_text(encoding="utf-8"), name
+    return grid_of(read_protocol_file(name), scale)
+
+
+def grid_of(file: ProtocolFile, scale: str | None = None) -> Protocol:
+    """The protocol that a file holds."""
     try:
-        return parse_protocol(tomllib.loads(text), stem)
-    except tomllib.TOMLDecodeError as error:
-        raise UsageError(f"protocol {name}: {error}") from error
+        return parse_protocol(file.content, file.name, scale)
+    except Refusal as refusal:
+        raise file.refuse(refusal) from refusal
 
 
-def parse_protocol(content: Mapping[str, Any], name: str) -> Protocol:
+def parse_protocol(content: Mapping[str, Any], name: str, scale: str | None = None) -> Protocol:
     """A protocol from its parsed TOML."""
     content = dict(content)
+    scales = content.pop("scales", {})
+    scale = chosen_scale(scales, scale, name)
+    if scale is not None:
+        changes = dict(scales[scale])
+        recipes = {key: layered(content.get(key, {}), changes[key]) for key in ("recipe",) if key in changes}
+        content = {**content, **changes, **recipes, "scale": scale}
+    elif "scale" in content:
+        raise Refusal("scale", f"protocol {name} has no key 'scale'; scales are tables, such as [scales.smoke]")
     known = {item.name for item in dataclasses.fields(Protocol)} - {"name"}
     if unknown := sorted(set(content) - known):
-        raise UsageError(f"protocol {name} has no key {unknown[0]!r}; it has: {', '.join(sorted(known))}")
+        known = known - {"scale"} | {"scales"}
+        raise Refusal(unknown[0], f"protocol {name} has no key {unknown[0]!r}; it has: {', '.join(sorted(known))}")
     _check_types(content, f"protocol {name}")
     columns = []
     for column in content.pop("attacks", ()):
         entry = {"call": column} if isinstance(column, str) else column
         if not isinstance(entry, Mapping) or not {"call"} <= set(entry) <= {"call", "eps", "norm"}:
-            raise UsageError(f"protocol {name}: an attack is a text or a table with call, eps and norm, got {entry}")
-        _check_norm(entry.get("norm", "linf"), f"protocol {name}: {entry['call']}")
-        columns.append(AttackColumn(str(entry["call"]), _texts(entry.get("eps")), entry.get("norm")))
-    content["eps"] = _texts(content.get("eps"))
+            raise Refusal(
+                "attacks", f"protocol {name}: an attack is a text or a table with call, eps and norm, got {entry}"
+            )
+        owner = f"protocol {name}: {entry['call']}"
+        _check_norm(entry.get("norm", "linf"), owner)
+        columns.append(AttackColumn(str(entry["call"]), _radii(entry.get("eps"), owner), entry.get("norm")))
+    content["eps"] = _radii(content.get("eps"), f"protocol {name}")
     return Protocol(name=name, attacks=tuple(columns), **content)
+
+
+def chosen_scale(scales: Any, asked: str | None, name: str) -> str | None:
+    """The scale to run a protocol at: the one asked for, else its first.
+
+    Raises:
+        UsageError: it has no such scale.
+        Refusal: ``scales`` is no table of tables.
+    """
+    if not isinstance(scales, Mapping) or not all(isinstance(one, Mapping) for one in scales.values()):
+        raise Refusal("scales", f"protocol {name}: scales is no table of tables, such as [scales.smoke]")
+    if asked is not None and asked not in scales:
+        has = f"it has: {', '.join(scales)}" if scales else "it has one size only; leave --scale out"
+        raise UsageError(f"protocol {name} has no scale {asked!r}; {has}")
+    return asked if asked is not None else next(iter(scales), None)
 
 
 def layered(*recipes: Mapping[str, Any]) -> dict[str, Any]:
@@ -150,28 +175,37 @@ def _check_types(content: dict[str, Any], owner: str) -> None:
     for key, value in content.items():
         what = f"{owner}: {key}"
         if key in ("methods", "attacks", "seeds") and not isinstance(value, list):
-            raise UsageError(f"{what} is {value!r}; expected a list")
+            raise Refusal(key, f"{what} is {value!r}; expected a list")
         if key in ("recipe", "recipes", "method_recipes"):
             tables = value.values() if key != "recipe" and isinstance(value, Mapping) else [value]
             if not all(isinstance(table, Mapping) for table in tables):
-                raise UsageError(f"{what} is {value!r}; expected a table of training settings")
+                raise Refusal(key, f"{what} is {value!r}; expected a table of training settings")
         elif key not in ("attacks", "eps"):
-            content[key] = convert(value, hints[key], what)
+            try:
+                content[key] = convert(value, hints[key], what)
+            except UsageError as error:
+                raise Refusal(key, str(error)) from error
     for key, numbers in (("seeds", content.get("seeds", ())), ("attack_seed", (content.get("attack_seed", 0),))):
         if any(number < 0 for number in numbers):
-            raise UsageError(f"{owner}: {key} has {min(numbers)}; expected whole numbers of at least 0")
+            raise Refusal(key, f"{owner}: {key} has {min(numbers)}; expected whole numbers of at least 0")
     _check_norm(content.get("norm", "linf"), owner)
 
 
 def _check_norm(norm: Any, owner: str) -> None:
     if norm not in NORMS:
-        raise UsageError(f"{owner}: unknown norm {norm!r}; expected one of {', '.join(NORMS)}")
+        raise Refusal("norm", f"{owner}: unknown norm {norm!r}; expected one of {', '.join(NORMS)}")
 
 
-def _texts(value: Any) -> tuple[str, ...] | None:
+def _radii(value: Any, owner: str) -> tuple[str, ...] | None:
     if value is None:
         return None
-    return tuple(str(item) for item in (value if isinstance(value, list | tuple) else [value]))
+    texts = tuple(str(item) for item in (value if isinstance(value, list | tuple) else [value]))
+    for text in texts:
+        try:
+            fraction(text, "eps")
+        except UsageError as error:
+            raise Refusal("eps", f"{owner}: {error}") from error
+    return texts
 
 
 def plan(protocol: Protocol) -> tuple[list[Cell], Data]:
@@ -179,6 +213,17 @@ def plan(protocol: Protocol) -> tuple[list[Cell], Data]:
 
     Raises:
         UsageError: before anything is trained, naming what was expected.
+    """
+    cells, data = expand(protocol)
+    rehearse_all(cells, data)
+    return cells, data
+
+
+def expand(protocol: Protocol) -> tuple[list[Cell], Data]:
+    """Every cell of a protocol, each defence by each attack by each radius by each seed, and the data.
+
+    Raises:
+        UsageError: a name, a parameter, a radius or the data cannot be; defences are not built yet.
     """
     from ensdef.attack_spec import AttackSpec
     from ensdef.loading import attacked_subset, find_data
@@ -248,11 +293,10 @@ def plan(protocol: Protocol) -> tuple[list[Cell], Data]:
                     )
                     cell = Cell(TrainSpec.create(name, hyper, setting), spec, len(test), checksum)
                     cells[cell.key] = cell
-    _rehearse(list(cells.values()), data)
     return list(cells.values()), data
 
 
-def _rehearse(cells: list[Cell], data: Data) -> None:
+def rehearse_all(cells: list[Cell], data: Data) -> None:
     """Build every defence once and look at its scores, so that a broken one is refused before any training."""
     from ensdef.registry import ATTACKS
     from ensdef.rehearsal import rehearse

@@ -202,6 +202,22 @@ class Manifests:
     def names(self) -> list[str]:
         return sorted(path.stem for path in self.folder.glob("*.json"))
 
+    def of_protocol(self, name: str) -> list[str]:
+        """The table of this name, or those of a protocol at all its scales.
+
+        Raises:
+            UsageError: there is none.
+        """
+        known = self.names()
+        found = [table for table in known if table == name or table.rpartition("-")[0] == name]
+        if not found:
+            raise UsageError(suggest("table", name, known) + f" (in {self.results}; `ensdef run` makes them)")
+        return found
+
+    def kind(self, name: str) -> str:
+        """``"grid"``, ``"leaderboard"`` or ``"paper"``."""
+        return str(self._content(name).get("kind", "grid"))
+
     def write(self, name: str, title: str, records: Sequence[Record], *, extend: bool) -> None:
         """Remember the records of a table; ``extend`` keeps those that were there before."""
         paths = self._read(name)["records"] if extend and name in self.names() else []
@@ -226,18 +242,32 @@ class Manifests:
             records.append(Record.from_json(path.read_text(encoding="utf-8"), path))
         return str(content["title"]), records
 
-    def _read(self, name: str) -> dict[str, Any]:
-        if name not in self.names():
-            raise UsageError(suggest("table", name, self.names()) + f" (in {self.results}; `ensdef run` makes them)")
+    def _content(self, name: str) -> dict[str, Any]:
+        self.of_protocol(name)
+        path = self.folder / f"{name}.json"
         try:
-            content = json.loads((self.folder / f"{name}.json").read_text(encoding="utf-8"))
+            content = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise UsageError(f"{path} is no table manifest ({error!r})") from error
+        if not isinstance(content, dict):
+            raise UsageError(f"{path} is no table manifest (it holds no object)")
+        return content
+
+    def _read(self, name: str) -> dict[str, Any]:
+        content = self._content(name)
+        try:
             return {"title": str(content["title"]), "records": [str(path) for path in content["records"]]}
-        except (ValueError, KeyError, TypeError) as error:
+        except (KeyError, TypeError) as error:
             raise UsageError(f"{self.folder / (name + '.json')} is no table manifest ({error!r})") from error
 
 
 def build_table(name: str, results: Path) -> dict[str, str]:
     """The files of a table by name: ``{"x.csv": text, "x.md": text}``, with ``x.worst.csv`` for worst cases."""
+    if Manifests(results).kind(name) == "paper":
+        from ensdef.papers import text
+        from ensdef.papers.comparison import compare
+
+        return text.files(compare(name, results))
     title, records = Manifests(results).read(name)
     files = {f"{name}.csv": csv(records, results), f"{name}.md": markdown(records, results, title)}
     if worst := worst_cases(records):
@@ -262,7 +292,7 @@ def stale_tables(results: Path, only: str | None = None) -> list[str]:
         only: one table; None: all.
     """
     published = results / "published"
-    names = Manifests(published).names() if only is None else [only]
+    names = Manifests(published).names() if only is None else Manifests(published).of_protocol(only)
     if not names:
         raise UsageError(f"no published tables in {published}; expected manifests/*.json there")
     stale = []

@@ -28,15 +28,22 @@ def list_(kind: str, plugin: tuple[str, ...], cost: bool) -> None:
         _costs()
         return
     if kind == "protocols":
-        from ensdef.protocol import load_protocol, protocol_names
-
-        for name in protocol_names():
-            click.echo(f"{name:16} {load_protocol(name).title}")
+        _protocols()
         return
     for listing in _KINDS[kind].listings():
         traits = _attack_traits(listing.name) if kind == "attacks" else ""
         click.echo(f"{listing.name:16} {traits}{listing.summary}")
         click.echo(f"{'':16} [{listing.origin}] {listing.citation}".rstrip())
+
+
+def _protocols() -> None:
+    """Every protocol with its scales."""
+    from ensdef.protocol_file import protocol_paths, read_protocol_file
+
+    for name in sorted(protocol_paths()):
+        content = read_protocol_file(name).content
+        scales = f" [{', '.join(content['scales'])}]" if "scales" in content else ""
+        click.echo(f"{name:18} {content.get('title', '')}{scales}")
 
 
 def _attack_traits(name: str) -> str:
@@ -86,7 +93,7 @@ def table(protocol: str | None, every: bool, check: bool, results: Path) -> None
             sys.exit(1)
         click.echo("tables agree with the published records")
         return
-    names = Manifests(results).names() if protocol is None else [protocol]
+    names = Manifests(results).names() if protocol is None else Manifests(results).of_protocol(protocol)
     if not names:
         raise UsageError(f"no tables in {results}; `ensdef bench` and `ensdef run` make them")
     for name in names:

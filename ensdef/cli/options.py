@@ -16,6 +16,7 @@ from ensdef.errors import UsageError
 if TYPE_CHECKING:
     from ensdef.executor import Executor
     from ensdef.health.catalogue import Tier
+    from ensdef.runner import Run
 
 
 def _config(ctx: click.Context, parameter: click.Parameter, value: str | None) -> dict[str, Any]:
@@ -172,6 +173,13 @@ class RunOptions:
 
         gpus = self.gpus_per_cell if self.gpus_per_cell is not None else float(self.device == "cuda")
         return RayExecutor(self.results, self.ray_address, self.cpus_per_cell or 1.0, gpus)
+
+    def run(self, protocol_id: str | None) -> Run:
+        """How cells and measurements are run, their records carrying this protocol id."""
+        from ensdef.runner import Run
+
+        device = self.resolve_device()
+        return Run(self.results, device, self.batch_size, protocol_id, self.health, self.devices)
 
     def resolve_device(self) -> str:
         """The device of the cells; with Ray, that of the workers, which this process may not see."""

@@ -16,9 +16,12 @@ from ensdef.cli import cli
 from ensdef.cli.options import RunOptions, run_options
 from ensdef.errors import UsageError
 from ensdef.notation import fraction, split_list
-from ensdef.protocol import Protocol, layered, load_protocol, plan, with_attacks, with_methods, without
+from ensdef.papers.paper_table import PaperTable, is_paper_table, paper_table_of
+from ensdef.protocol import Protocol, grid_of, layered, load_protocol, plan, with_attacks, with_methods, without
+from ensdef.protocol_file import read_protocol_file
 
 if TYPE_CHECKING:
+    from ensdef.measuring import Measurement, MeasureSpec
     from ensdef.records import Record
     from ensdef.specs import Cell
 
@@ -81,15 +84,23 @@ def bench(
 
 @cli.command()
 @click.argument("protocol")
+@click.option(
+    "--scale", metavar="NAME", help="smoke, mini or paper, where the protocol has them [default: the smallest]."
+)
 @run_options
-def run(protocol: str, config: dict[str, Any], seed: str | None, **given: Any) -> None:
+def run(protocol: str, scale: str | None, config: dict[str, Any], seed: str | None, **given: Any) -> None:
     """Run a whole PROTOCOL: a name from `ensdef list protocols`, or a TOML file."""
     options = RunOptions.take(given)
-    loaded = load_protocol(protocol)
+    file = read_protocol_file(protocol)
+    if is_paper_table(file):
+        table = paper_table_of(file, scale)
+        base = _overlay(table.base, given, seed)
+        # records of a protocol that was changed on the command line do not carry its id
+        _replicate(dataclasses.replace(table, base=base), table.id if base == table.base else None, options)
+        return
+    loaded = grid_of(file, scale)
     asked = _overlay(loaded, given, seed)
-    # records of a protocol that was changed on the command line do not carry its id
-    protocol_id = asked.id if asked == loaded else None
-    _go(asked, asked.name, protocol_id, options)
+    _go(asked, asked.table, asked.id if asked == loaded else None, options)
 
 
 def _overlay(protocol: Protocol, given: dict[str, Any], seed: str | None) -> Protocol:
@@ -103,31 +114,74 @@ def _overlay(protocol: Protocol, given: dict[str, Any], seed: str | None) -> Pro
 
 
 def _go(protocol: Protocol, table: str, protocol_id: str | None, options: RunOptions) -> None:
+    """Plan, run and report a grid."""
+    _prepare(options)
+    cells, _ = plan(protocol)
+    records = _run(cells, protocol_id, options)
+    if records is None:
+        return
+    _report(records, protocol, table, options.results, options.as_json)
+    if any(record.error for record in records):
+        sys.exit(1)
+
+
+def _replicate(table: PaperTable, protocol_id: str | None, options: RunOptions) -> None:
+    """Plan, run, measure and report a paper's table."""
+    from ensdef.claims import one_at_a_time
+    from ensdef.papers.replication import plan_table, write_manifest
+    from ensdef.tables import write_table
+
+    _prepare(options)
+    replication = plan_table(table)
+    records = _run(replication.cells, protocol_id, options)
+    if records is None:
+        click.echo(f"measurements: {len(replication.measurements)}", err=options.as_json)
+        return
+    measurements = _measure(replication.measurements, protocol_id, options)
+    with one_at_a_time(options.results, "tables"):
+        write_manifest(replication, options.results, records, measurements)
+        paths = write_table(table.table, options.results, options.results / "tables")
+    markdown = next(path for path in paths if path.suffix == ".md")
+    click.echo(markdown.read_text(encoding="utf-8"), err=options.as_json)
+    click.echo(f"tables: {', '.join(map(str, paths))}", err=options.as_json)
+    if options.as_json:
+        click.echo(json.dumps([record.summary() for record in records], indent=1))
+    if any(one.error for one in (*records, *measurements)):
+        sys.exit(1)
+
+
+def _prepare(options: RunOptions) -> None:
+    """Load plug-ins, and refuse devices and folders that cannot be used."""
+    from ensdef.parallel import check_devices
     from ensdef.registry import load_plugin
+    from ensdef.runner import check_writable
 
     for plugin in options.plugin:
         load_plugin(plugin)
-    from ensdef.parallel import check_devices
-    from ensdef.progress import ConsoleProgress
-    from ensdef.runner import Run, check_writable, preflight, run_cells
-
-    results, health = options.results, options.health
-    where = options.resolve_device()
     if options.executor == "local":
-        check_devices(options.devices, where)
-    check_writable(results)
-    cells, _ = plan(protocol)
+        check_devices(options.devices, options.resolve_device())
+    check_writable(options.results)
+
+
+def _run(cells: list[Cell], protocol_id: str | None, options: RunOptions) -> list[Record] | None:
+    """The cells' records; None after a dry run, which prints what there is to do."""
+    from ensdef.progress import ConsoleProgress
+    from ensdef.runner import preflight, run_cells
+
     if options.dry_run:
-        _print_plan(cells, where, options)
-        return
-    preflight(cells, results, health, options.devices)
-    progress = ConsoleProgress()
-    run = Run(results, where, options.batch_size, protocol_id, health, options.devices)
+        _print_plan(cells, options.resolve_device(), options)
+        return None
+    preflight(cells, options.results, options.health, options.devices)
     with contextlib.redirect_stdout(sys.stderr):  # plug-ins and Ray print where they like; stdout is for the results
-        records = run_cells(cells, run, progress, options.make_executor())
-    _report(records, protocol, table, results, options.as_json)
-    if any(record.error for record in records):
-        sys.exit(1)
+        return run_cells(cells, options.run(protocol_id), ConsoleProgress(), options.make_executor())
+
+
+def _measure(specs: list[MeasureSpec], protocol_id: str | None, options: RunOptions) -> list[Measurement]:
+    from ensdef.measuring import measure_all
+    from ensdef.progress import ConsoleProgress
+
+    with contextlib.redirect_stdout(sys.stderr):
+        return measure_all(specs, options.run(protocol_id), ConsoleProgress())
 
 
 def _report(records: list[Record], protocol: Protocol, table: str, results: Path, as_json: bool) -> None:

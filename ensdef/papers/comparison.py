@@ -1,0 +1,200 @@
+"""Published numbers beside ours. A pure function of files; no torch."""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ensdef.errors import UsageError
+from ensdef.measurement import Measurement, read_measurement
+from ensdef.papers.published import PublishedCell, published_table
+from ensdef.protocol_file import protocol_paths, read_protocol_file
+from ensdef.records import Record
+
+#: What a fraction is multiplied with to have the paper's unit.
+IN_UNIT = {"percent": 100.0}
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A published cell and our answer.
+
+    Args:
+        ours: in the paper's unit, mean over training seeds; None where there is none, for the reason in ``note``.
+        stderr: of ``ours``: over images, binomial for accuracies; None where the number has none.
+        n: images, over all training seeds.
+        records, measurements: where the number is from.
+    """
+
+    cell: PublishedCell
+    ours: float | None
+    stderr: float | None
+    n: int | None
+    note: str
+    records: tuple[Record, ...] = ()
+    measurements: tuple[Measurement, ...] = ()
+
+    @property
+    def difference(self) -> float | None:
+        """Ours minus the paper's."""
+        if self.ours is None or self.cell.number is None:
+            return None
+        return self.ours - self.cell.number
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A paper's table beside our replication of it.
+
+    Args:
+        deviations: what differs from the paper, in sentences.
+        notes: on the printed numbers.
+    """
+
+    name: str
+    title: str
+    published: str
+    protocol: str
+    version: int
+    scale: str
+    scale_title: str
+    deviations: tuple[str, ...]
+    notes: tuple[str, ...]
+    entries: tuple[Entry, ...]
+
+
+def compare(name: str, results: Path) -> Comparison:
+    """The table ``name`` of a results folder.
+
+    Raises:
+        UsageError: it is no paper's table, a file is missing or damaged, or answers another table than published.
+    """
+    path = results / "manifests" / f"{name}.json"
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        return _compare(name, content, results)
+    except OSError as error:
+        raise UsageError(f"{path} cannot be read ({error.strerror}); `ensdef run` writes it") from error
+    except (ValueError, KeyError, TypeError) as error:
+        if isinstance(error, UsageError):
+            raise
+        raise UsageError(f"{path} is no manifest of a paper's table ({error!r}); run the protocol again") from error
+
+
+def _compare(name: str, content: Mapping[str, Any], results: Path) -> Comparison:
+    _check_version(name, content)
+    cells = published_table(content["published"])
+    answers = content["answers"]
+    if [answer["cell"] for answer in answers] != list(range(len(cells))):
+        raise UsageError(
+            f"table {name} answers other cells than {content['published']} has ({len(cells)}); run the protocol again"
+        )
+    read: dict[str, Record | Measurement] = {}
+    return Comparison(
+        name=name,
+        title=str(content["title"]),
+        published=str(content["published"]),
+        protocol=str(content["protocol"]),
+        version=int(content["version"]),
+        scale=str(content["scale"]),
+        scale_title=str(content["scale_title"]),
+        deviations=tuple(map(str, content["deviations"])),
+        notes=tuple(map(str, content["notes"])),
+        entries=tuple(_entry(cell, answer, results, read) for cell, answer in zip(cells, answers, strict=True)),
+    )
+
+
+def _check_version(name: str, content: Mapping[str, Any]) -> None:
+    """Refuse answers to a version of the protocol that is no more."""
+    protocol = str(content["protocol"])
+    if protocol in protocol_paths():
+        version = read_protocol_file(protocol).content.get("version", 1)
+        if version != content["version"]:
+            raise UsageError(
+                f"table {name} is of version {content['version']} of protocol {protocol}, which is at {version}; run "
+                f"`ensdef run {protocol} --scale {content['scale']}` again"
+            )
+
+
+def _entry(
+    cell: PublishedCell, answer: Mapping[str, Any], results: Path, read: dict[str, Record | Measurement]
+) -> Entry:
+    if "missing" in answer:
+        return Entry(cell, None, None, None, str(answer["missing"]))
+    sources = [_read(path, results, read) for path in answer["files"]]
+    against = [_read(path, results, read) for path in answer.get("against", ())]
+    records = tuple(source for source in (*sources, *against) if isinstance(source, Record))
+    measurements = tuple(source for source in (*sources, *against) if isinstance(source, Measurement))
+    if failure := next((record.error for record in records if record.error), None):
+        return Entry(cell, None, None, None, failure, records, measurements)
+    numbers = [_number(source, answer["value"]) for source in sources]
+    references = [_number(source, answer["value"]) for source in against]
+    if any(number is None for number in (*numbers, *references)):
+        told = f"{answer['value']} is undefined here"
+        return Entry(cell, None, None, None, told, records, measurements)
+    mean = statistics.fmean(filter(_is_number, numbers))
+    factor = IN_UNIT.get(cell.unit, 1.0)
+    n = sum(source.n for source in sources if isinstance(source, Record)) or None
+    stderr = _stderr(sources, answer["value"])
+    if references:
+        reference = statistics.fmean(filter(_is_number, references))
+        if answer["derive"] == "relative":
+            if not reference:
+                return Entry(cell, None, None, n, "a share of nothing: the other has 0", records, measurements)
+            mean = (mean - reference) / reference
+        else:
+            mean = mean - reference
+        stderr = None
+    scaled = None if stderr is None else factor * stderr
+    return Entry(cell, factor * mean, scaled, n, "", records, measurements)
+
+
+def _read(path: str, results: Path, read: dict[str, Record | Measurement]) -> Record | Measurement:
+    if path not in read:
+        file = results / path
+        if not file.resolve().is_relative_to(results.resolve()) or not file.is_file():
+            raise UsageError(f"{path} is missing from {results}; run the protocol again")
+        if path.startswith("measurements/"):
+            read[path] = read_measurement(file)
+        else:
+            read[path] = Record.from_json(file.read_text(encoding="utf-8"), file)
+    return read[path]
+
+
+def _number(source: Record | Measurement, value: str) -> float | None:
+    if isinstance(source, Measurement):
+        if value not in source.values:
+            raise UsageError(f"{source.path} has no {value!r}; it has: {', '.join(source.values)}")
+        return source.values[value]
+    number = getattr(source, value, None)
+    return float(number) if isinstance(number, int | float) else None
+
+
+def _is_number(number: float | None) -> bool:
+    return number is not None
+
+
+def _stderr(sources: Sequence[Record | Measurement], value: str) -> float | None:
+    """Of the mean over independent trainings; None where one has none."""
+    errors = [source.stderr if isinstance(source, Record) else source.stderr.get(value) for source in sources]
+    if any(error is None for error in errors):
+        return None
+    return math.sqrt(sum(error**2 for error in errors if error is not None)) / len(errors)
+
+
+def ranks(entries: Sequence[Entry]) -> float | None:
+    """Spearman's correlation of our numbers with the paper's over a set of cells; None below three or if one side is
+    constant.
+    """
+    from scipy.stats import spearmanr
+
+    pairs = [(entry.cell.number, entry.ours) for entry in entries if entry.difference is not None]
+    if len(pairs) < 3 or any(len({pair[side] for pair in pairs}) == 1 for side in (0, 1)):
+        return None
+    theirs, ours = zip(*pairs, strict=True)
+    return float(spearmanr(theirs, ours).statistic)

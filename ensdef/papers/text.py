@@ -1,0 +1,174 @@
+"""A comparison as CSV, Markdown and LaTeX. No torch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from ensdef.papers.comparison import Comparison, Entry, ranks
+from ensdef.papers.published import PublishedCell
+
+#: Fields by which cells of one table may differ, from the row's to the column's.
+ROW_FIELDS = ("dataset", "combiner", "members", "method", "variant")
+COLUMN_FIELDS = ("architecture", "attack", "attack_params", "norm", "eps", "metric")
+
+
+def files(comparison: Comparison) -> dict[str, str]:
+    """The files of a table by name."""
+    name = comparison.name
+    return {f"{name}.csv": csv(comparison), f"{name}.md": markdown(comparison), f"{name}.tex": latex(comparison)}
+
+
+def csv(comparison: Comparison) -> str:
+    """One published cell a row, ours behind it."""
+    import dataclasses
+
+    import pandas as pd
+
+    rows = []
+    for entry in comparison.entries:
+        cell = dataclasses.asdict(entry.cell)
+        value, std = cell.pop("value"), cell.pop("std")
+        rows.append(
+            {
+                **cell,
+                "published": value,
+                "published_std": std,
+                "ours": _rounded(entry.ours),
+                "ours_stderr": _rounded(entry.stderr),
+                "difference": _rounded(entry.difference),
+                "n": entry.n,
+                "scale": comparison.scale,
+                "protocol": f"{comparison.protocol}-v{comparison.version}",
+                "note": entry.note,
+                "files": " ".join(_files(entry)),
+            }
+        )
+    frame = pd.DataFrame(rows).astype({"n": "Int64"})
+    return str(frame.to_csv(index=False, lineterminator="\n"))
+
+
+def markdown(comparison: Comparison) -> str:
+    """The paper's layout, each cell ours and, in brackets, the paper's."""
+    from tabulate import tabulate
+
+    notes = _Notes()
+    header, body = _grid(comparison, lambda entry: _cell_text(entry, notes))
+    text = f"# {comparison.title}\n\nScale {comparison.scale}: {comparison.scale_title}.\n\n"
+    text += tabulate(body, headers=header, tablefmt="github", disable_numparse=True)
+    text += "\n\nEach cell: ours ± standard error (published). " + _agreement(comparison)
+    text += "".join(f"\n\n[{number}] {note}" for number, note in enumerate(notes.texts, start=1))
+    if comparison.deviations:
+        text += "\n\nWhat differs from the paper:\n\n" + "\n".join(f"- {told}" for told in comparison.deviations)
+    if comparison.notes:
+        text += "\n\nOn the published numbers:\n\n" + "\n".join(f"- {told}" for told in comparison.notes)
+    return text + "\n"
+
+
+def latex(comparison: Comparison) -> str:
+    """The same grid for a paper, with booktabs rules."""
+    from tabulate import tabulate
+
+    header, body = _grid(comparison, _latex_cell)
+    body = [[_escaped(text) if index < _labels(comparison) else text for index, text in enumerate(row)] for row in body]
+    table = tabulate(body, headers=[_escaped(text) for text in header], tablefmt="latex_booktabs_raw")
+    return f"% {comparison.title} ({comparison.scale}): ours (published)\n{table}\n"
+
+
+class _Notes:
+    """Footnotes, numbered in the order of their first use."""
+
+    def __init__(self) -> None:
+        self.texts: list[str] = []
+
+    def mark(self, text: str) -> str:
+        if text not in self.texts:
+            self.texts.append(text)
+        return f" [{self.texts.index(text) + 1}]"
+
+
+def _grid(comparison: Comparison, show: Callable[[Entry], str]) -> tuple[list[str], list[list[str]]]:
+    """Header and rows of the paper's layout: rows are models, columns what they met."""
+    cells = [entry.cell for entry in comparison.entries]
+    row_fields, column_fields = _varying(cells, ROW_FIELDS), _varying(cells, COLUMN_FIELDS)
+    columns = list(dict.fromkeys(_key(cell, column_fields) for cell in cells))
+    rows: dict[tuple[str, ...], dict[tuple[str, ...], str]] = {}
+    for entry in comparison.entries:
+        row = rows.setdefault(_key(entry.cell, row_fields), {})
+        row[_key(entry.cell, column_fields)] = show(entry)
+    header = [*row_fields, *(_column_title(column, column_fields, cells) for column in columns)]
+    return header, [[*labels, *(row.get(column, "") for column in columns)] for labels, row in rows.items()]
+
+
+def _labels(comparison: Comparison) -> int:
+    return len(_varying([entry.cell for entry in comparison.entries], ROW_FIELDS))
+
+
+def _varying(cells: Sequence[PublishedCell], names: Sequence[str]) -> list[str]:
+    found = [name for name in names if len({getattr(cell, name) for cell in cells}) > 1]
+    return found or [names[-1] if names is COLUMN_FIELDS else "method"]
+
+
+def _key(cell: PublishedCell, names: Sequence[str]) -> tuple[str, ...]:
+    return tuple(getattr(cell, name) for name in names)
+
+
+def _column_title(column: tuple[str, ...], names: Sequence[str], cells: Sequence[PublishedCell]) -> str:
+    """What tells a column from the others: conditions that all cells share are left out."""
+    shown = []
+    for name, value in zip(names, column, strict=True):
+        if name == "attack_params":
+            value = " ".join(part for part in value.split(";") if part and _tells(part, column, names, cells))
+        if name == "metric" and value in ("accuracy", "robust_accuracy") and "attack" in names:
+            continue
+        if value:
+            shown.append("clean" if (name, value) == ("attack", "none") else value)
+    return " ".join(shown) or "clean"
+
+
+def _tells(part: str, column: tuple[str, ...], names: Sequence[str], cells: Sequence[PublishedCell]) -> bool:
+    """Whether a condition differs among the columns of one attack."""
+    attack = column[names.index("attack")] if "attack" in names else None
+    same = [cell for cell in cells if attack is None or cell.attack == attack]
+    return any(part not in cell.attack_params.split(";") for cell in same)
+
+
+def _cell_text(entry: Entry, notes: _Notes) -> str:
+    published = entry.cell.value or "-"
+    ours = "-" if entry.ours is None else _shown(entry)
+    return f"{ours} ({published})" + (notes.mark(entry.note) if entry.note else "")
+
+
+def _latex_cell(entry: Entry) -> str:
+    ours = "--" if entry.ours is None else _shown(entry).replace(" ± ", r" $\pm$ ")
+    published = entry.cell.value or "--"
+    return f"{ours} ({rf'\textbf{{{published}}}' if entry.cell.bold == '1' else published})"
+
+
+def _shown(entry: Entry) -> str:
+    assert entry.ours is not None
+    digits = 1 if entry.cell.unit == "percent" else 3 if entry.cell.unit in ("fraction", "") else 2
+    text = f"{entry.ours:.{digits}f}"
+    return text if entry.stderr is None else f"{text} ± {entry.stderr:.{digits}f}"
+
+
+def _agreement(comparison: Comparison) -> str:
+    correlation = ranks(comparison.entries)
+    answered = sum(entry.ours is not None for entry in comparison.entries)
+    told = f"{answered} of {len(comparison.entries)} cells answered"
+    return f"{told}; rank correlation with the paper {correlation:.2f}." if correlation is not None else f"{told}."
+
+
+def _files(entry: Entry) -> list[str]:
+    sources: list[Any] = [*entry.records, *entry.measurements]
+    return list(dict.fromkeys(f"{source.label}:{source.key[:16]}" for source in sources))
+
+
+def _rounded(number: float | None) -> float | None:
+    return None if number is None else round(number, 6)
+
+
+def _escaped(text: str) -> str:
+    for plain, escaped in (("\\", r"\textbackslash{}"), ("_", r"\_"), ("%", r"\%"), ("&", r"\&"), ("#", r"\#")):
+        text = text.replace(plain, escaped)
+    return text.replace("²", r"\textsuperscript{2}")

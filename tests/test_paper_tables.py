@@ -1,0 +1,490 @@
+"""The papers' tables: the printed numbers, the protocols that ask for ours, and both side by side."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections import Counter
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner
+
+from ensdef.attack_spec import AttackSpec
+from ensdef.cli import cli
+from ensdef.errors import UsageError
+from ensdef.notation import fill, parse_call
+from ensdef.papers.comparison import Comparison, compare, ranks
+from ensdef.papers.paper_table import PaperTable, is_paper_table, paper_table_of, parse_paper_table
+from ensdef.papers.published import PublishedCell, published, published_table
+from ensdef.papers.scale import StandIn, load_scale, merged, scale_names
+from ensdef.papers.text import csv, latex, markdown
+from ensdef.protocol import protocol_names
+from ensdef.protocol_file import ProtocolFile, Refusal, read_protocol_file
+from ensdef.records import Record, Store, with_outcomes
+from ensdef.registry import MEASUREMENTS, METHODS
+
+PAPER_TABLES = [name for name in protocol_names() if is_paper_table(read_protocol_file(name))]
+SCALES = ("smoke", "mini", "paper")
+
+#: Rows, empty cells, and the SHA-256 of the sorted rows of every table as transcribed from the papers.
+TRANSCRIBED = {
+    "cce/intext": (1, 0, "53223dcf1a2acdcd"),
+    "cce/table10a": (54, 0, "d5f79f3cf0591687"),
+    "cce/table10b": (54, 0, "c17b27c56976dc4e"),
+    "cce/table11a": (36, 0, "6797db45c33fd59c"),
+    "cce/table11b": (36, 0, "6a9678d982b6e81e"),
+    "cce/table12a": (16, 0, "7d1ae4b6aead1116"),
+    "cce/table12b": (16, 0, "6e99ef0a61cddd6d"),
+    "cce/table13a": (16, 0, "f263ef2ed864b7e6"),
+    "cce/table13b": (16, 0, "81cf35db4f5f86f1"),
+    "cce/table3": (56, 0, "9b4c87870cdeee87"),
+    "cce/table4": (63, 0, "cbe6ab843d9f8359"),
+    "cce/table5": (63, 0, "fd21d2797e48d627"),
+    "cce/table6": (40, 0, "c3dbcc48ce6f8c3d"),
+    "cce/table7": (16, 0, "d7f8475c8988d2bc"),
+    "cce/table9": (8, 0, "21e67b3e6837833f"),
+    "cda2/table1": (32, 0, "1dfedc9556fcb174"),
+    "cda2/table2": (28, 0, "4cafd1dbad78b7e3"),
+    "cda2/table3": (4, 0, "4c577c42af3142a6"),
+    "cda2/table4": (4, 0, "e4020c4f346ba3b1"),
+    "cda2/table5": (28, 0, "a064e2d0a8b1d15a"),
+    "cda2/table6": (12, 0, "8683bf885c289061"),
+    "cda2/table7": (4, 0, "536af30dad139111"),
+    "igat-supp/intext": (5, 0, "6c5d542767a65ea9"),
+    "igat-supp/table1": (16, 0, "3c09a28a311bc0b4"),
+    "igat-supp/table2": (60, 0, "12424d2d57a5de1a"),
+    "igat-supp/table3": (6, 0, "78ded295f27fa27c"),
+    "igat-supp/table4": (6, 0, "b03872ccc4b02ea1"),
+    "igat-supp/table5": (18, 8, "4f81bcf55050b933"),
+    "igat-supp/table6": (6, 0, "ddefef17e30c94a2"),
+    "igat-supp/table7": (6, 0, "d3f3ece2c4352549"),
+    "igat-supp/table8": (6, 0, "c3951555a36e3eba"),
+    "igat/table1": (200, 0, "235bb9cafccc7fff"),
+    "igat/table2": (80, 0, "c815a71ee610845c"),
+    "igat/table3": (10, 0, "f3fde8ed4b6cc444"),
+    "more/table1": (108, 8, "4a00f0f131587a4c"),
+    "soe-appendix/table1": (5, 0, "969c491f9ffbb6f1"),
+    "soe-appendix/table2": (4, 0, "07b266a06475ac4a"),
+    "soe-appendix/table3": (35, 0, "c56c308f0e5c94cf"),
+    "soe-appendix/table4": (12, 0, "74b1792b483008b8"),
+}
+
+
+# -- the printed numbers ----------------------------------------------------------------------------------------
+
+
+def test_the_39_published_tables_are_all_there() -> None:
+    assert set(published()) == set(TRANSCRIBED)
+    assert sum(len(cells) for cells in published().values()) == 1186
+
+
+@pytest.mark.parametrize("name", sorted(TRANSCRIBED))
+def test_no_published_cell_was_lost_or_altered(name: str) -> None:
+    cells = published_table(name)
+    rows = sorted(",".join(dataclasses.astuple(cell)) for cell in cells)
+    digest = hashlib.sha256("\n".join(rows).encode()).hexdigest()[:16]
+    assert (len(cells), sum(not cell.value for cell in cells), digest) == TRANSCRIBED[name]
+
+
+def test_no_two_cells_of_a_table_are_the_same_question() -> None:
+    for name, cells in published().items():
+        keys = Counter(dataclasses.replace(cell, value="", std="", bold="") for cell in cells)
+        assert max(keys.values()) == 1, name
+
+
+def test_what_igat_prints_as_improvement_follows_from_its_first_table() -> None:
+    def place(cell: PublishedCell) -> tuple[str, ...]:
+        return (cell.dataset, cell.combiner, cell.attack)
+
+    first = {(cell.label, *place(cell)): cell.number for cell in published_table("igat/table1")}
+    for cell in published_table("igat/table2"):
+        ours, base = first[(cell.label, *place(cell))], first[(cell.variant, *place(cell))]
+        assert ours is not None
+        assert base is not None
+        assert cell.number == pytest.approx(100 * (ours - base) / base, abs=0.006)
+
+
+# -- protocols --------------------------------------------------------------------------------------------------
+
+
+def table(name: str, scale: str) -> PaperTable:
+    return paper_table_of(read_protocol_file(name), scale)
+
+
+def test_every_published_table_has_one_protocol() -> None:
+    assert Counter(table(name, "smoke").published for name in PAPER_TABLES) == Counter(TRANSCRIBED)
+
+
+@pytest.mark.parametrize("scale", SCALES)
+@pytest.mark.parametrize("name", PAPER_TABLES)
+def test_a_protocol_asks_something_for_every_published_cell(name: str, scale: str) -> None:
+    asked = table(name, scale)
+    questions = asked.questions()
+    assert [question.cell for question in questions] == list(published_table(asked.published))
+    assert all(asked.id.endswith(scale) for _ in questions)
+    for question in questions:
+        if question.cell.metric in ("accuracy", "robust_accuracy") and question.asked.measure is None:
+            assert question.value == "robust_accuracy"
+            assert (question.asked.attack == "none") == (question.cell.attack == "none")
+
+
+@pytest.mark.parametrize("scale", SCALES)
+@pytest.mark.parametrize("name", PAPER_TABLES)
+def test_every_method_attack_and_measurement_that_a_protocol_names_exists(name: str, scale: str) -> None:
+    for question in table(name, scale).questions():
+        asked = question.asked
+        for call in (asked.method, *([question.against.method] if question.against else [])):
+            method, hyper = parse_call(call)
+            fill(METHODS.get(method).Hyper, hyper, method)
+        attack, params = parse_call(asked.attack)
+        AttackSpec.create(attack, params, asked.norm, asked.eps or "0.1")
+        if asked.measure is not None:
+            measure, params = parse_call(asked.measure)
+            fill(MEASUREMENTS.get(measure).Params, params, measure)
+
+
+def test_at_paper_scale_nothing_stands_for_the_papers_data_radii_and_networks() -> None:
+    for name in PAPER_TABLES:
+        for question in table(name, "paper").questions():
+            cell, asked = question.cell, question.asked
+            assert asked.dataset == cell.dataset
+            if cell.eps:
+                assert asked.eps == cell.eps
+            if cell.members and asked.measure != "member_accuracy":
+                assert asked.members == int(cell.members)
+            if cell.architecture.startswith("resnet"):
+                assert asked.arch == cell.architecture
+
+
+def test_radii_follow_the_stand_in_and_the_norm() -> None:
+    digits = StandIn("digits", linf=Fraction(51, 8), l2=Fraction(2))
+    assert digits.radius("8/255", "linf") == "0.2"
+    assert digits.radius("2/255", "linf") == "0.05"
+    assert digits.radius("1.0", "l2") == "2"
+    assert StandIn("digits", linf=Fraction(20, 3)).radius("0.01", "linf") == "1/15"
+    assert StandIn("cifar10").radius("8/255", "linf") == "8/255"
+
+
+def test_one_model_for_every_radius_trains_at_the_radius_it_is_attacked_at() -> None:
+    asked = [question.asked for question in table("cda2_table1", "smoke").questions()]
+    assert {item.train_eps for item in asked if item.attack != "none"} == {"eps"}
+    assert {item.train_eps for item in asked if item.attack == "none"} == {"0.2"}
+
+
+def test_a_scale_changes_single_keys_and_adds_deviations() -> None:
+    changed = load_scale("smoke", {"samples": 7, "members": {"8": 5}, "deviations": ["Fewer images."]})
+    usual = load_scale("smoke", {})
+    assert changed.settings["samples"] == 7
+    assert changed.members == {**usual.members, "8": 5}
+    assert changed.deviations == (*usual.deviations, "Fewer images.")
+    assert merged({"a": {"b": 1, "c": 2}}, {"a": {"b": 3}}) == {"a": {"b": 3, "c": 2}}
+
+
+def test_scales_go_from_small_to_large() -> None:
+    assert scale_names() == list(SCALES)
+
+
+# -- bad input --------------------------------------------------------------------------------------------------
+
+MINIMAL = """version = 1
+title = "SoE, Table 2"
+published = "soe-appendix/table2"
+
+[rows]
+soe = { method = "soe" }
+
+[[columns]]
+attack = "none"
+
+[scales.smoke]
+"""
+
+
+def file(text: str) -> ProtocolFile:
+    import tomllib
+
+    return ProtocolFile("mine", "mine.toml", text, tomllib.loads(text))
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "told"),
+    [
+        ("version = 1", "verion = 1", r"mine\.toml, line 1: protocol mine has no key 'verion'; it has: columns"),
+        ("version = 1", 'version = "one"', r"mine\.toml, line 1: version is 'one'; expected a whole number"),
+        ("soe-appendix/table2", "soe/table2", r"line 3: unknown published table 'soe/table2'; did you mean"),
+        ('method = "soe"', 'metod = "soe"', r"line 6: row 'soe' is .*expected a method"),
+        ('method = "soe"', 'method = "soe", member = 3', r"line 6: row 'soe' has no key 'member'; it has: against"),
+        ('attack = "none"', 'attack = "pgd"', r"line 8: columns has nothing for attack 'none'"),
+        ('attack = "none"', 'attack = "none"\nderive = "ratio"', r"line 10: derive is 'ratio'; expected one of diff"),
+        ('attack = "none"', 'call = "pgd"\nmeasure = "x"', r"line 10: a column has both call = 'pgd' and measure"),
+        ('attack = "none"', 'derive = "difference"', r"line 5: rows: 'soe' has no 'against'"),
+        ("soe = {", "cce = {", r"line 5: rows has nothing for 'soe'"),
+        ("[scales.smoke]", "[scales.smoke]\nsamplse = 3", r"line 12: protocol mine has no key 'samplse'"),
+        ("[scales.smoke]", "[scales.smoke]\nsamples = true", r"line 12: protocol mine: samples"),
+        ("[scales.smoke]", '[scales.smoke.datasets.cifar10]\nname = "digits"\nlinf = "x"', r"line 13: linf"),
+        ("[scales.smoke]", '[scales.smoke.members]\n8 = "three"', r"line 11: members has 'three' for '8'"),
+        ("[scales.smoke]", "", r"mine\.toml: protocol mine has no scales"),
+    ],
+)
+def test_a_protocol_with_a_mistake_is_refused_with_file_line_and_key(old: str, new: str, told: str) -> None:
+    assert old in MINIMAL
+    with pytest.raises(UsageError, match=told):
+        paper_table_of(file(MINIMAL.replace(old, new)))
+
+
+def test_a_scale_that_a_protocol_lacks_is_refused_with_those_it_has() -> None:
+    with pytest.raises(UsageError, match="protocol mine has no scale 'mini'; it has: smoke"):
+        paper_table_of(file(MINIMAL), "mini")
+    result = CliRunner().invoke(cli, ["run", "digits_all", "--scale", "smoke"])
+    assert result.exit_code == 2
+    assert "protocol digits_all has no scale 'smoke'; it has one size only" in result.output
+
+
+def test_a_radius_of_a_grid_that_is_no_fraction_is_refused_with_its_line(tmp_path: Path) -> None:
+    path = tmp_path / "mine.toml"
+    path.write_text('version = 1\nmethods = ["nat"]\nattacks = ["pgd"]\neps = ["eight"]\n', encoding="utf-8")
+    result = CliRunner().invoke(cli, ["run", str(path), "--results", str(tmp_path / "results")])
+    assert result.exit_code == 2
+    assert f"{path}, line 4: protocol mine: eps" in result.output
+    assert not (tmp_path / "results").exists()
+
+
+# -- published beside ours --------------------------------------------------------------------------------------
+
+CELLS = published_table("soe-appendix/table4")
+
+
+def record(correct: int, n: int = 10, **changes: Any) -> Record:
+    """A record that is right on this many images, attacked or not."""
+    blank = Record(
+        key=f"{correct:02d}" * 32, method="soe", hyper={}, label="soe", dataset="digits", architecture="resnet8",
+        members=3, train_seed=0, training={"key": "k"}, attack="none", attack_params={}, attack_label="none",
+        success="any", norm=None, eps=None, eps_value=None, combiner="native", n=n,
+    )  # fmt: skip
+    right = [1] * correct + [0] * (n - correct)
+    return dataclasses.replace(with_outcomes(blank, list(range(n)), right, right), **changes)
+
+
+def answered(tmp_path: Path, **changes: Any) -> Comparison:
+    """SoE's Table 4 (12 cells: single networks, ensembles, gains by depth) answered by 6, 9 and their difference."""
+    store = Store(tmp_path)
+    single = store.write(record(6))
+    ensemble = store.write(record(9))
+    paths = [str(Path(str(one.path)).relative_to(tmp_path)) for one in (single, ensemble)]
+    answers: list[dict[str, Any]] = []
+    for index, cell in enumerate(CELLS):
+        answer: dict[str, Any] = {"cell": index, "value": "robust_accuracy"}
+        if cell.metric == "accuracy_gain":
+            answer |= {"files": paths[1:], "derive": "difference", "against": paths[:1]}
+        else:
+            answer["files"] = paths[:1] if cell.method == "single" else paths[1:]
+        answers.append(answer)
+    manifest = {
+        "kind": "paper", "title": "SoE, Table 4", "protocol": "mine", "version": 1, "scale": "smoke",
+        "scale_title": "tiny", "published": "soe-appendix/table4", "deviations": ["Digits."], "notes": [],
+        "answers": answers, "records": paths, **changes,
+    }  # fmt: skip
+    (tmp_path / "manifests").mkdir(exist_ok=True)
+    (tmp_path / "manifests" / "mine-smoke.json").write_text(json.dumps(manifest), encoding="utf-8")
+    return compare("mine-smoke", tmp_path)
+
+
+def test_ours_stands_beside_the_published_number_in_its_unit(tmp_path: Path) -> None:
+    first = answered(tmp_path).entries[0]
+    assert first.cell.value == "65.0"
+    assert first.ours == pytest.approx(60.0)
+    assert first.difference == pytest.approx(-5.0)
+    assert first.stderr == pytest.approx(100 * (0.6 * 0.4 / 10) ** 0.5)
+    assert first.n == 10
+
+
+def test_a_gain_is_the_difference_of_two_rows_in_points(tmp_path: Path) -> None:
+    gains = [entry for entry in answered(tmp_path).entries if entry.cell.metric == "accuracy_gain"]
+    assert len(gains) == 4
+    assert all(entry.ours == pytest.approx(30.0) for entry in gains)
+    assert all(entry.stderr is None for entry in gains)
+
+
+def test_an_improvement_is_in_percent_of_the_other(tmp_path: Path) -> None:
+    comparison = answered(tmp_path)
+    path = tmp_path / "manifests" / "mine-smoke.json"
+    content = json.loads(path.read_text())
+    for answer in content["answers"]:
+        if "derive" in answer:
+            answer["derive"] = "relative"
+    path.write_text(json.dumps(content))
+    gains = [entry for entry in compare(comparison.name, tmp_path).entries if entry.cell.metric == "accuracy_gain"]
+    assert all(entry.ours == pytest.approx(50.0) for entry in gains)
+
+
+def test_several_trainings_give_their_mean_and_its_error(tmp_path: Path) -> None:
+    answered(tmp_path)
+    path = tmp_path / "manifests" / "mine-smoke.json"
+    content = json.loads(path.read_text())
+    content["answers"][0]["files"] = content["records"]
+    path.write_text(json.dumps(content))
+    first = compare("mine-smoke", tmp_path).entries[0]
+    assert first.ours == pytest.approx(75.0)
+    assert first.stderr == pytest.approx(100 * ((0.6 * 0.4 + 0.9 * 0.1) / 10) ** 0.5 / 2)
+    assert first.n == 20
+
+
+def test_a_failed_cell_is_a_dash_with_its_reason(tmp_path: Path) -> None:
+    answered(tmp_path)
+    store = Store(tmp_path)
+    blank = record(6)
+    failed = dataclasses.replace(
+        blank, clean_accuracy=None, robust_accuracy=None, stderr=None, outcomes={}, error="loss became NaN"
+    )
+    store.write(failed)
+    comparison = compare("mine-smoke", tmp_path)
+    assert comparison.entries[0].ours is None
+    text = markdown(comparison)
+    assert "- (65.0) [1]" in text
+    assert "[1] loss became NaN" in text
+
+
+def test_a_number_of_a_record_that_was_edited_is_refused(tmp_path: Path) -> None:
+    comparison = answered(tmp_path)
+    path = Path(str(comparison.entries[0].records[0].path))
+    path.write_text(path.read_text().replace('"robust_accuracy": 0.6', '"robust_accuracy": 0.9'))
+    with pytest.raises(UsageError, match="contradicts the outcomes"):
+        compare("mine-smoke", tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"answers": []}, r"answers other cells than soe-appendix/table4 has \(12\)"),
+        ({"published": "soe/table9"}, "unknown published table"),
+        ({"protocol": "cda2_table1", "version": 99}, "is of version 99 of protocol cda2_table1, which is at 1; run"),
+        ({"version": None}, "is no manifest of a paper's table"),
+    ],
+)
+def test_a_manifest_that_does_not_fit_is_refused(changes: dict[str, Any], told: str, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=told):
+        answered(tmp_path, **changes)
+
+
+def test_a_manifest_cannot_reach_out_of_the_results_folder(tmp_path: Path) -> None:
+    outside = tmp_path / "secret.json"
+    outside.write_text("{}")
+    answers = [{"cell": index, "value": "robust_accuracy", "files": ["../secret.json"]} for index in range(12)]
+    with pytest.raises(UsageError, match=r"\.\./secret\.json is missing"):
+        answered(tmp_path / "results", answers=answers)
+
+
+@pytest.fixture(autouse=True)
+def results_folder(tmp_path: Path) -> None:
+    (tmp_path / "results").mkdir()
+
+
+def test_the_table_has_the_papers_layout_with_ours_in_front(tmp_path: Path) -> None:
+    text = markdown(answered(tmp_path))
+    lines = [line for line in text.splitlines() if line.startswith("|")]
+    assert [part.strip() for part in lines[0].strip("|").split("|")][0] == "members"
+    assert sum("60.0 ± 15.5 (65.0)" in line for line in lines) == 1
+    assert "What differs from the paper:\n\n- Digits." in text
+    assert "12 of 12 cells answered" in text
+
+
+def test_the_csv_has_every_published_cell_once_as_printed(tmp_path: Path) -> None:
+    import io
+
+    import pandas as pd
+
+    frame = pd.read_csv(io.StringIO(csv(answered(tmp_path))), dtype=str, keep_default_na=False)
+    assert list(frame["published"]) == [cell.value for cell in CELLS]
+    assert list(frame["eps"]) == [cell.eps for cell in CELLS]
+    assert set(frame["protocol"]) == {"mine-v1"}
+    assert [float(number) for number in frame["ours"]] == [
+        {"single": 60.0}.get(cell.method, 30.0 if cell.metric == "accuracy_gain" else 90.0) for cell in CELLS
+    ]
+
+
+def test_the_latex_table_escapes_names_and_keeps_the_papers_bold(tmp_path: Path) -> None:
+    text = latex(answered(tmp_path))
+    assert text.startswith("% SoE, Table 4 (smoke)")
+    assert r"\toprule" in text
+    assert r"60.0 $\pm$ 15.5 (65.0)" in text
+
+
+def test_the_rank_correlation_is_spearmans_over_answered_cells(tmp_path: Path) -> None:
+    entries = answered(tmp_path).entries
+    assert ranks(entries[:2]) is None
+    assert ranks([dataclasses.replace(entry, ours=entry.cell.number) for entry in entries]) == pytest.approx(1.0)
+    opposed = [dataclasses.replace(entry, ours=-float(entry.cell.value)) for entry in entries]
+    assert ranks(opposed) == pytest.approx(-1.0)
+
+
+# -- the command line -------------------------------------------------------------------------------------------
+
+TINY = """version = 1
+title = "SoE, Table 4, tiny"
+published = "soe-appendix/table4"
+
+[rows]
+single = { method = "nat", members = 1 }
+soe = { method = "nat", against = "nat", members = 2 }
+
+[[columns]]
+metric = "accuracy"
+
+[[columns]]
+metric = "accuracy_gain"
+derive = "difference"
+
+[scales.smoke]
+samples = 30
+limit = 60
+epochs = 1
+
+[scales.smoke.architectures]
+resnet2 = "small_resnet[width=2]"
+resnet8 = "small_resnet[width=2]"
+resnet14 = "small_resnet[width=2]"
+resnet20 = "small_resnet[width=2]"
+"""
+
+
+def test_a_paper_table_runs_measures_and_is_rebuilt_from_files_alone(tmp_path: Path) -> None:
+    path, results = tmp_path / "tiny.toml", tmp_path / "results"
+    path.write_text(TINY, encoding="utf-8")
+    ran = CliRunner().invoke(cli, ["run", str(path), "--results", str(results), "--device", "cpu"])
+    assert ran.exit_code == 0, ran.output
+    written = {file.name: file.read_text() for file in (results / "tables").iterdir()}
+    assert set(written) == {"tiny-smoke.csv", "tiny-smoke.md", "tiny-smoke.tex"}
+    assert len(list((results / "records").rglob("*.json"))) == 2  # four depths are one network here
+    for file in (results / "tables").iterdir():
+        file.unlink()
+    again = CliRunner().invoke(cli, ["table", "tiny", "--results", str(results)])
+    assert again.exit_code == 0, again.output
+    assert {file.name: file.read_text() for file in (results / "tables").iterdir()} == written
+    assert "Networks are small_resnet[width=2], for resnet20." in written["tiny-smoke.md"]
+
+
+def test_a_dry_run_of_a_paper_table_counts_cells_and_trains_nothing(tmp_path: Path) -> None:
+    path, results = tmp_path / "tiny.toml", tmp_path / "results"
+    path.write_text(TINY, encoding="utf-8")
+    ran = CliRunner().invoke(cli, ["run", str(path), "--results", str(results), "--dry-run", "--device", "cpu"])
+    assert ran.exit_code == 0, ran.output
+    assert "measurements: 0" in ran.output
+    assert not (results / "checkpoints").exists()
+
+
+def test_every_protocol_is_listed_with_its_scales() -> None:
+    result = CliRunner().invoke(cli, ["list", "protocols"])
+    assert result.exit_code == 0
+    listed = {line.split()[0]: line for line in result.output.splitlines()}
+    assert set(listed) == set(protocol_names())
+    assert all(listed[name].endswith("[smoke, mini, paper]") for name in PAPER_TABLES)
+
+
+def test_a_table_parsed_from_a_mapping_raises_the_key_it_is_about() -> None:
+    with pytest.raises(Refusal) as caught:
+        parse_paper_table({"title": "x", "published": "soe-appendix/table2", "rows": {}, "columns": []}, "mine")
+    assert caught.value.key == "scales"
