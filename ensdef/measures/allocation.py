@@ -28,8 +28,8 @@ class Allocation(Measure):
     """How sure and how wrong members are on images crafted on their average.
 
     Values, fractions: ``member_accuracy`` (Table 4), shares of right answers by their probability ``<0.5``,
-    ``0.5-0.6``, ..., ``0.9-1.0`` (Table 5), ``largest_wrong`` (Table 6), ``recoverable`` (Table 7) and ``best_true`` (Table 8).
-    Undefined where no answer is right, or none wrong.
+    ``0.5-0.6``, ..., ``0.9-1.0`` (Table 5), ``largest_wrong`` (Table 6), ``recoverable`` (Table 7) and ``best_true``
+    (Table 8). Undefined where no answer is right, or none wrong.
     """
 
     Params = Crafting
