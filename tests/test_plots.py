@@ -31,9 +31,8 @@ def record(
 ) -> Record:
     """A record of 100 images, ``right`` of them robust."""
     training = {"key": f"{method}{seed}", "eps": "0.2", "precision": "fp32", "recipe": {"epochs": 10}, "limit": None}
-    norm = changes.get("norm", "linf")
     given = {
-        "key": f"{abs(hash((method, eps, right, seed, norm, str(sorted(changes.items(), key=str)))))}".rjust(64, "0"),
+        "key": "0" * 64,
         "hyper": {},
         "label": method,
         "dataset": "digits",
