@@ -18,7 +18,7 @@ from ensdef.build import build_defense
 from ensdef.defense import EnsembleDefense
 from ensdef.errors import CheckpointError, UsageError
 from ensdef.records import write_bytes
-from ensdef.specs import ModelSpec, TrainSpec
+from ensdef.specs import DataSpec, ModelSpec, TrainSpec
 
 WEIGHTS = "weights.safetensors"
 SPEC = "spec.json"
@@ -135,6 +135,21 @@ def fit(defense: EnsembleDefense, weights: Mapping[str, Tensor], origin: Path) -
 def training_report(folder: Path) -> dict[str, Any]:
     """What the trainer told when it saved: seconds, history, device, versions."""
     return typing.cast(dict[str, Any], _description(folder).get("report", {}))
+
+
+def data_spec(folder: Path) -> DataSpec:
+    """The data set that a checkpoint's defence was trained on.
+
+    Raises:
+        CheckpointError: the description does not tell.
+    """
+    try:
+        told = _description(folder)["setting"]["data"]
+        known = {item.name for item in dataclasses.fields(DataSpec)}
+        fields = {name: tuple(value) if isinstance(value, list) else value for name, value in told.items()}
+        return DataSpec(**{name: value for name, value in fields.items() if name in known})
+    except (KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{folder / SPEC} does not describe a data set ({error!r}); train it again") from error
 
 
 def is_complete(folder: Path, spec: TrainSpec) -> bool:

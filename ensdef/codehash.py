@@ -16,6 +16,8 @@ from typing import Any
 
 #: Raised by hand whenever the engine may give other numbers for the same specification.
 NUMERICS = 1
+#: The one part of the engine that is hashed where a plug-in imports from its modules: formulas that measurements are.
+_FORMULAS = "ensdef.diagnostics."
 
 
 def code_hash(plugin: Any) -> str:
@@ -34,7 +36,9 @@ def code_hash(plugin: Any) -> str:
 
 
 def _with_siblings(module: ModuleType, found: dict[str, ModuleType]) -> dict[str, ModuleType]:
-    """The module and, recursively, what it imports from its own package (shared code of a family of plug-ins)."""
+    """The module and, recursively, what it imports from its own package (shared code of a family of plug-ins) and of
+    the diagnostics' formulas.
+    """
     found[module.__name__] = module
     package = module.__name__.rpartition(".")[0]
     if package == "ensdef":
@@ -51,7 +55,8 @@ def _with_siblings(module: ModuleType, found: dict[str, ModuleType]) -> dict[str
         elif isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
         for name in names:
-            if package and name.startswith(package + ".") and name not in found:
+            own = bool(package) and name.startswith(package + ".")
+            if (own or name.startswith(_FORMULAS)) and name not in found:
                 try:
                     sibling = importlib.import_module(name)
                 except ModuleNotFoundError:

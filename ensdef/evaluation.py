@@ -23,7 +23,7 @@ from ensdef.progress import Progress
 from ensdef.provenance import provenance
 from ensdef.records import Record, with_outcomes
 from ensdef.registry import METHODS
-from ensdef.specs import Cell, cell_key
+from ensdef.specs import Cell, TrainSpec, cell_key
 from ensdef.weights import weights_hash
 
 
@@ -193,15 +193,7 @@ def blank_record(cell: Cell, protocol: str | None, checkpoint: str | None = None
         architecture=spec.model.architecture_call,
         members=spec.model.members,
         train_seed=spec.setting.seed,
-        training={
-            "key": spec.key,
-            "norm": spec.setting.norm if spec.attacked else None,
-            "eps": spec.setting.train_eps if spec.attacked else None,
-            "precision": spec.setting.precision,
-            "recipe": dataclasses.asdict(spec.recipe),
-            "deviations": list(METHODS.get(spec.method).deviations),
-            "limit": spec.setting.data.limit,
-        },
+        training=training_fields(spec),
         n=cell.samples,
         checkpoint=checkpoint,
         error=error,
@@ -214,6 +206,19 @@ def blank_record(cell: Cell, protocol: str | None, checkpoint: str | None = None
         },
         **attack_fields(cell.attack),
     )
+
+
+def training_fields(spec: TrainSpec) -> dict[str, Any]:
+    """What a record tells of the training."""
+    return {
+        "key": spec.key,
+        "norm": spec.setting.norm if spec.attacked else None,
+        "eps": spec.setting.train_eps if spec.attacked else None,
+        "precision": spec.setting.precision,
+        "recipe": dataclasses.asdict(spec.recipe),
+        "deviations": list(METHODS.get(spec.method).deviations),
+        "limit": spec.setting.data.limit,
+    }
 
 
 def fill_in(record: Record, outcome: Outcome, ids: list[int]) -> Record:

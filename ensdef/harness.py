@@ -31,7 +31,7 @@ from ensdef.scores import check_scores
 from ensdef.session import BALL_SLACK, Session
 from ensdef.target import Target
 
-__all__ = ["BALL_SLACK", "Outcome", "attack_model"]
+__all__ = ["BALL_SLACK", "Outcome", "attack_model", "exact_arithmetic"]
 
 
 @dataclass
@@ -101,13 +101,13 @@ def attack_model(
     if prerequisites:
         attack.warm_start({role: defense.to(device) for role, defense in prerequisites.items()})
     ids = (torch.arange(len(x)) if ids is None else ids).to(device)
-    with _exact_arithmetic(device):
+    with exact_arithmetic(device):
         attack.prepare(x, y, ids, spec, sets or AdversarialSets(), progress or Progress())
         return _attack_model(model, attack, x, y, spec, ids, batch_size, health, progress)
 
 
 @contextmanager
-def _exact_arithmetic(device: torch.device) -> Iterator[None]:
+def exact_arithmetic(device: torch.device) -> Iterator[None]:
     """TF32 off on CUDA: its ten-bit products would decide verdicts."""
     if device.type != "cuda":
         yield

@@ -214,7 +214,7 @@ def loaded_plugins() -> tuple[str, ...]:
 def _registrations() -> dict[tuple[str, str], Any]:
     return {
         (registry.kind, name): plugin
-        for registry in (METHODS, ATTACKS, ARCHITECTURES, DATASETS)
+        for registry in (METHODS, ATTACKS, ARCHITECTURES, DATASETS, MEASUREMENTS)
         for name, plugin in registry._registered.items()
     }
 
@@ -304,3 +304,4 @@ METHODS: Registry[Any] = Registry("method", "ensdef.methods", "register_defense"
 ATTACKS: Registry[Any] = Registry("attack", "ensdef.attacks", "register_attack", "ensdef.attacks")
 ARCHITECTURES: Registry[Any] = Registry("architecture", "ensdef.architectures", "register_architecture")
 DATASETS: Registry[Any] = Registry("data set", "ensdef.datasets", "register_dataset")
+MEASUREMENTS: Registry[Any] = Registry("measurement", "ensdef.measures", "register_measure")

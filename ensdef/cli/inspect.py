@@ -9,9 +9,15 @@ import click
 
 from ensdef.cli import cli
 from ensdef.errors import UsageError
-from ensdef.registry import ARCHITECTURES, ATTACKS, DATASETS, METHODS, load_plugin
+from ensdef.registry import ARCHITECTURES, ATTACKS, DATASETS, MEASUREMENTS, METHODS, load_plugin
 
-_KINDS = {"methods": METHODS, "attacks": ATTACKS, "datasets": DATASETS, "architectures": ARCHITECTURES}
+_KINDS = {
+    "methods": METHODS,
+    "attacks": ATTACKS,
+    "datasets": DATASETS,
+    "architectures": ARCHITECTURES,
+    "measurements": MEASUREMENTS,
+}
 
 
 @cli.command("list")

@@ -1,8 +1,8 @@
 """What the papers measure beside accuracy: transfer between members, detection, curvature, who does what, and the toy
 experiments of their appendices.
 
-Plain functions on tensors and trained defences, to be called from a notebook or a script; nothing here enters records
-or tables. All shares and accuracies are fractions in [0, 1], all entropies and losses in nats.
+Plain functions on tensors and trained defences, to be called from a notebook or a script; ``ensdef.measures`` keeps
+what they give as files. All shares and accuracies are fractions in [0, 1], all entropies and losses in nats.
 
     from ensdef.diagnostics import craft_on_each, transferability
 
@@ -21,10 +21,11 @@ from ensdef.diagnostics.allocation import (
 from ensdef.diagnostics.answers import Answers, answer, right
 from ensdef.diagnostics.crafting import craft, craft_on_each, distill
 from ensdef.diagnostics.curvature import defense_curvature, loss_curvature
-from ensdef.diagnostics.detection import detection_auc, entropy_score, roc_points
+from ensdef.diagnostics.detection import detection_auc, detection_stderr, entropy_score, roc_points
 from ensdef.diagnostics.roles import Roles, dead_members, member_roles
 from ensdef.diagnostics.synthetic import (
     XorResult,
+    XorRun,
     igat_risk_pair,
     igat_risk_single,
     igat_toy_risks,
@@ -32,6 +33,7 @@ from ensdef.diagnostics.synthetic import (
     xor_data,
     xor_experiment,
     xor_oracle_mse,
+    xor_run,
 )
 from ensdef.diagnostics.transfer import (
     Transferability,
@@ -46,6 +48,7 @@ __all__ = [
     "Roles",
     "Transferability",
     "XorResult",
+    "XorRun",
     "answer",
     "best_true_probability",
     "craft",
@@ -53,6 +56,7 @@ __all__ = [
     "dead_members",
     "defense_curvature",
     "detection_auc",
+    "detection_stderr",
     "distill",
     "diversity_matrix",
     "entropy_score",
@@ -74,4 +78,5 @@ __all__ = [
     "xor_data",
     "xor_experiment",
     "xor_oracle_mse",
+    "xor_run",
 ]

@@ -30,7 +30,7 @@ def loss_curvature(loss: Callable[[Tensor], Tensor], x: Tensor, delta: Tensor) -
     length = _norm(delta)
     if bool((length == 0).any()):
         raise UsageError(f"{int((length == 0).sum())} of {len(delta)} perturbations are 0; the curvature needs a step")
-    return _norm(_gradient(loss, x + delta) - _gradient(loss, x)) / length
+    return _norm(gradient(loss, x + delta) - gradient(loss, x)) / length
 
 
 def defense_curvature(
@@ -58,6 +58,7 @@ def _norm(x: Tensor) -> Tensor:
     return norm
 
 
-def _gradient(loss: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+def gradient(loss: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """Gradient of every image's own loss, (N, ...) like ``x``."""
     x = x.detach().requires_grad_()
     return torch.autograd.grad(loss(x).sum(), x)[0]

@@ -31,6 +31,30 @@ def detection_auc(clean: Tensor, adversarial: Tensor) -> float:
     return float(metrics.roc_auc_score(*_labelled(clean, adversarial)))
 
 
+def detection_stderr(clean: Tensor, adversarial: Tensor) -> float:
+    """Standard error of :func:`detection_auc` where row i of both is the same image, NaN below two images.
+
+    Each image's contribution is the share of attacked scores above its clean one plus the share of clean scores below
+    its attacked one (ties count half); images are independent, the two shares of one image are not.
+    Source: DeLong, DeLong and Clarke-Pearson 1988, for one curve and paired samples.
+
+    Args:
+        clean, adversarial: scores, (N,) and (N,).
+    """
+    assert clean.shape == adversarial.shape, (clean.shape, adversarial.shape)
+    clean, adversarial = clean.double(), adversarial.double()
+    above = 1 - _share_below(clean, adversarial)
+    below = _share_below(adversarial, clean)
+    return float((above + below).std() / len(clean) ** 0.5) if len(clean) > 1 else float("nan")
+
+
+def _share_below(scores: Tensor, others: Tensor) -> Tensor:
+    """Share of ``others`` below every score, ties as half, (N,) and (M,) -> (N,)."""
+    ordered = others.sort().values
+    left, right = (torch.searchsorted(ordered, scores, right=flag) for flag in (False, True))
+    return (left + right) / (2.0 * len(others))
+
+
 def roc_points(clean: Tensor, adversarial: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """False positive rates, true positive rates and thresholds, each (R,) float64, from (0, 0) to (1, 1).
 

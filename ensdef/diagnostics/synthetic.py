@@ -70,7 +70,41 @@ class XorResult:
     averaged_accuracy: float
 
 
-def xor_experiment(
+@dataclass(frozen=True)
+class XorRun:
+    """Two trained experts with their gate, the average beside them, and the fresh points that both are judged on.
+
+    Args:
+        slope, offset: of the average, (2,) and ().
+        x, y: fresh points, (N, 2), and labels, (N,) in {-1, +1}.
+    """
+
+    experts: LinearExperts
+    slope: Tensor
+    offset: Tensor
+    x: Tensor
+    y: Tensor
+
+    def answer(self, x: Tensor) -> Tensor:
+        """Value of the member that the gate chooses, (N, 2) -> (N,)."""
+        return self.experts.predict(x).gather(0, self.experts.choose(x)[None])[0]
+
+    def average(self, x: Tensor) -> Tensor:
+        """Value of the average, (N, 2) -> (N,)."""
+        return x @ self.slope + self.offset
+
+    def result(self) -> XorResult:
+        """Errors and accuracies on the fresh points."""
+        average = self.average(self.x)
+        return XorResult(
+            oracle_mse(self.experts.predict(self.x), self.y),
+            float((self.answer(self.x).sign() == self.y).double().mean()),
+            float((average - self.y).square().mean()),
+            float((average.sign() == self.y).double().mean()),
+        )
+
+
+def xor_run(
     seed: int = 0,
     *,
     variance: float = 0.1,
@@ -79,7 +113,7 @@ def xor_experiment(
     count: int = 2000,
     steps: int = 1500,
     lr: float = 0.1,
-) -> XorResult:
+) -> XorRun:
     """Train two experts by soft minimum and a gate beside them; judge both on ``count`` fresh points.
 
     The papers print a figure and no setting; these settings are ours. Trained biases allow the degenerate optimum
@@ -101,16 +135,21 @@ def xor_experiment(
     slopes = torch.randn(2, 2, generator=rng)
     biases = torch.randn(2, generator=rng) if bias == "normal" else torch.zeros(2)
     experts = fit_experts(x, y, slopes, biases, sigma, train_biases=bias != "none", steps=steps, lr=lr)
-    values = experts.predict(fresh)
-    answers = values.gather(0, experts.choose(fresh)[None])[0]
-    slope, offset = least_squares(x, y, with_bias=bias != "none")
-    average = fresh @ slope + offset
-    return XorResult(
-        oracle_mse(values, labels),
-        float((answers.sign() == labels).double().mean()),
-        float((average - labels).square().mean()),
-        float((average.sign() == labels).double().mean()),
-    )
+    return XorRun(experts, *least_squares(x, y, with_bias=bias != "none"), fresh, labels)
+
+
+def xor_experiment(
+    seed: int = 0,
+    *,
+    variance: float = 0.1,
+    sigma: float = 0.1,
+    bias: Literal["none", "zero", "normal"] = "none",
+    count: int = 2000,
+    steps: int = 1500,
+    lr: float = 0.1,
+) -> XorResult:
+    """What becomes of :func:`xor_run`."""
+    return xor_run(seed, variance=variance, sigma=sigma, bias=bias, count=count, steps=steps, lr=lr).result()
 
 
 def fit_experts(

@@ -1,0 +1,1 @@
+"""Built-in measurements, one file a family; ``ensdef.measure`` has the contract."""

@@ -1,0 +1,167 @@
+"""Adversarial examples of one record: its attack is run again on some of its images. The one figure that needs torch.
+
+Records keep verdicts, not images. The random numbers of an attack are keyed by image, so that a few images see what
+they saw among all; the caption tells if a verdict differs from the record's nevertheless (wrapped attacks draw for
+whole batches).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from ensdef.errors import CheckpointError, UsageError
+from ensdef.plots.choice import Choice
+from ensdef.plots.kinds import KINDS
+from ensdef.plots.style import caption, new_figure, styled
+from ensdef.plots.surface import show_picture
+from ensdef.records import Record
+
+#: Inches of a picture.
+PANEL = 1.5
+
+
+@dataclass(frozen=True)
+class Examples:
+    """Images before and after the attack.
+
+    Args:
+        ids: positions in the test set, (N,).
+        clean, attacked: (N, C, H, W) in [0, 1].
+        labels, before, after: true classes and answers on clean and on attacked images, (N,).
+        unlike: number of images whose verdict is not the record's.
+    """
+
+    ids: list[int]
+    clean: np.ndarray[Any, Any]
+    attacked: np.ndarray[Any, Any]
+    labels: list[int]
+    before: list[int]
+    after: list[int]
+    unlike: int
+
+
+def draw(results: Path, choice: Choice) -> Figure:
+    """Rows: images. Columns: clean, attacked, and the difference as large as it can be shown."""
+    record = _the_one(results, choice)
+    last = record.n - 1
+    if not 0 <= choice.image <= last:
+        raise UsageError(f"--image is {choice.image}; the record has images 0 to {last}")
+    if choice.images < 1:
+        raise UsageError(f"--images is {choice.images}; expected at least 1")
+    return figure_of(record, attacked_again(record, results, choice.image, choice.images))
+
+
+def _the_one(results: Path, choice: Choice) -> Record:
+    if choice.record is not None:
+        try:
+            return Record.from_json(choice.record.read_text(encoding="utf-8"), choice.record)
+        except OSError as error:
+            raise UsageError(f"--record {choice.record}: {error.strerror}") from error
+    found = choice.records(results, KINDS["examples"].command)
+    if len(found) > 1:
+        shown = ", ".join(str(record.path) for record in found[:3])
+        raise UsageError(
+            f"there are {len(found)} records, and the figure shows one ({shown}{', ...' if len(found) > 3 else ''}); "
+            "name it with --record, or choose with --method, --attack, --norm, --eps or --seed"
+        )
+    return found[0]
+
+
+def attacked_again(record: Record, results: Path, first: int = 0, count: int = 5) -> Examples:
+    """Run a record's attack on its images ``first`` ... ``first + count - 1``, on the CPU.
+
+    Raises:
+        UsageError: the record has an error, or its attack needs surrogates.
+        CheckpointError: the weights are not there.
+        DataError: the images are not what they were.
+    """
+    import torch
+
+    from ensdef.attack_spec import AttackSpec
+    from ensdef.checkpoints import data_spec, load_checkpoint
+    from ensdef.harness import attack_model
+    from ensdef.loading import reload_data
+    from ensdef.recombined import recombined
+    from ensdef.registry import ATTACKS
+
+    if record.error is not None:
+        raise UsageError(f"{record.path}: the cell failed ({record.error}), so there are no images to show")
+    folder = _checkpoint(record, results)
+    spec = AttackSpec.create(
+        record.attack,
+        {**record.attack_params, "success": record.success},
+        record.norm or "linf",
+        record.eps or "0",
+        search=str(record.provenance.get("search") or "fp32"),
+        combiner=record.combiner,
+        seed=int(record.provenance.get("attack_seed") or 0),
+    )
+    if ATTACKS.get(spec.name).access == "transfer":
+        raise UsageError(
+            f"{record.attack_label} crafts on other networks; give the record of an attack on the defence itself"
+        )
+    defense, data = load_checkpoint(folder), reload_data(data_spec(folder))
+    positions = slice(first, first + count)
+    ids = torch.tensor(record.outcomes["ids"][positions])
+    test = data.test.select(ids)
+    outcome = attack_model(defense, test.x(), test.labels, spec, ids=ids, health="off")
+    model = recombined(defense, spec.combiner)
+    with torch.no_grad():
+        before, after = (model(x).argmax(dim=1).tolist() for x in (test.x(), outcome.x_adv))
+    unlike = sum(
+        verdict != told
+        for verdict, told in zip(outcome.robust.int().tolist(), record.outcomes["robust"][positions], strict=True)
+    )
+    return Examples(
+        ids.tolist(), test.x().numpy(), outcome.x_adv.cpu().numpy(), test.labels.tolist(), before, after, unlike
+    )
+
+
+def _checkpoint(record: Record, results: Path) -> Path:
+    """The checkpoint's folder, where the record says or in a results folder that was moved."""
+    if record.checkpoint is None:
+        raise CheckpointError(f"{record.path} names no checkpoint: it is of a model that was not trained here")
+    told = Path(record.checkpoint)
+    for folder in (told, results / "checkpoints" / told.name):
+        if folder.is_dir():
+            return folder
+    raise CheckpointError(
+        f"the checkpoint {told} of {record.path} is not there; run what made the record again, or name the results "
+        "folder that has it with --results"
+    )
+
+
+def figure_of(record: Record, shown: Examples) -> Figure:
+    """The pictures with what is answered, one image a row."""
+    count = len(shown.ids)
+    difference = shown.attacked - shown.clean
+    largest = float(np.abs(difference).max()) or 1.0
+    with styled():
+        figure = new_figure(3 * PANEL + 0.6, count * (PANEL + 0.25) + 0.5)
+        axes = figure.subplots(count, 3, squeeze=False)
+        for row, (clean, attacked, difference_) in enumerate(axes):
+            show_picture(clean, shown.clean[row])
+            show_picture(attacked, shown.attacked[row])
+            show_picture(difference_, 0.5 + difference[row] / (2 * largest))
+            clean.set_ylabel(f"image {shown.ids[row]}", fontsize=8)
+            clean.set_xlabel(_answer(shown.before[row], shown.labels[row]), fontsize=8)
+            attacked.set_xlabel(_answer(shown.after[row], shown.labels[row]), fontsize=8)
+        for axis, title in zip(axes[0], ("clean", "attacked", f"difference x {0.5 / largest:.3g}"), strict=True):
+            axis.set_title(title, loc="left", fontsize=9)
+        radius = f", {record.norm} {record.eps}" if record.norm else ""
+        unlike = f" On {shown.unlike} of them the attack ended otherwise than in the record." if shown.unlike else ""
+        caption(
+            figure,
+            f"{record.label} on {record.dataset}, seed {record.train_seed}, under {record.attack_label}{radius}; n = "
+            f"{count} of {record.n} test images.{unlike}",
+        )
+    return figure
+
+
+def _answer(answer: int, label: int) -> str:
+    return f"{label}: right" if answer == label else f"{label}: taken for {answer}"
