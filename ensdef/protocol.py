@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
-from ensdef.errors import UsageError, suggest
+from ensdef.errors import UsageError
 from ensdef.notation import NORMS, convert, fraction, parse_call, split_list
 from ensdef.protocol_file import ProtocolFile, Refusal, protocol_paths, read_protocol_file
 

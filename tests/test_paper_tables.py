@@ -386,7 +386,7 @@ def results_folder(tmp_path: Path) -> None:
 def test_the_table_has_the_papers_layout_with_ours_in_front(tmp_path: Path) -> None:
     text = markdown(answered(tmp_path))
     lines = [line for line in text.splitlines() if line.startswith("|")]
-    assert [part.strip() for part in lines[0].strip("|").split("|")][0] == "members"
+    assert next(part.strip() for part in lines[0].strip("|").split("|")) == "members"
     assert sum("60.0 ± 15.5 (65.0)" in line for line in lines) == 1
     assert "What differs from the paper:\n\n- Digits." in text
     assert "12 of 12 cells answered" in text

@@ -67,7 +67,7 @@ def published() -> dict[str, tuple[PublishedCell, ...]]:
     tables: dict[str, list[PublishedCell]] = {}
     folder = files("ensdef.benchmarks").joinpath("published")
     for path in sorted(folder.iterdir(), key=lambda path: path.name):
-        paper, dot, suffix = path.name.rpartition(".")
+        paper, _, suffix = path.name.rpartition(".")
         if suffix != "csv":
             continue
         names = {field.name for field in dataclasses.fields(PublishedCell)} - {"paper"}

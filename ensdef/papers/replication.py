@@ -1,4 +1,4 @@
-"""From a paper's table to what has to be trained, attacked and measured, and to the file that says which answers what."""
+"""From a paper's table to what has to be trained, attacked and measured, and to the file of what answers which cell."""
 
 from __future__ import annotations
 

@@ -142,7 +142,9 @@ def _cell_text(entry: Entry, notes: _Notes) -> str:
 def _latex_cell(entry: Entry) -> str:
     ours = "--" if entry.ours is None else _shown(entry).replace(" ± ", r" $\pm$ ")
     published = entry.cell.value or "--"
-    return f"{ours} ({rf'\textbf{{{published}}}' if entry.cell.bold == '1' else published})"
+    if entry.cell.bold == "1":
+        published = rf"\textbf{{{published}}}"
+    return f"{ours} ({published})"
 
 
 def _shown(entry: Entry) -> str:
