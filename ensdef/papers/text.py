@@ -8,8 +8,8 @@ from typing import Any
 from ensdef.papers.comparison import Comparison, Entry, ranks
 from ensdef.papers.published import PublishedCell
 
-#: Fields by which cells of one table may differ, from the row's to the column's.
-ROW_FIELDS = ("dataset", "combiner", "members", "method", "variant")
+#: Fields that may tell rows apart, and columns. Of the rows' those are shown that are needed.
+ROW_FIELDS = ("method", "variant", "members", "combiner", "dataset")
 COLUMN_FIELDS = ("architecture", "attack", "attack_params", "norm", "eps", "metric")
 
 
@@ -67,12 +67,15 @@ def markdown(comparison: Comparison) -> str:
 
 def latex(comparison: Comparison) -> str:
     """The same grid for a paper, with booktabs rules."""
-    from tabulate import tabulate
+    import pandas as pd
 
     header, body = _grid(comparison, _latex_cell)
-    body = [[_escaped(text) if index < _labels(comparison) else text for index, text in enumerate(row)] for row in body]
-    table = tabulate(body, headers=[_escaped(text) for text in header], tablefmt="latex_booktabs_raw")
-    return f"% {comparison.title} ({comparison.scale}): ours (published)\n{table}\n"
+    labels = _labels(comparison)
+    body = [[_escaped(text) if index < labels else text for index, text in enumerate(row)] for row in body]
+    # two columns may have one title: the frame's own names are numbers
+    frame = pd.DataFrame(body)
+    styler = frame.style.hide(axis="index").format_index(lambda number: _escaped(header[number]), axis="columns")
+    return f"% {comparison.title} ({comparison.scale}): ours (published)\n{styler.to_latex(hrules=True)}"
 
 
 class _Notes:
@@ -90,7 +93,7 @@ class _Notes:
 def _grid(comparison: Comparison, show: Callable[[Entry], str]) -> tuple[list[str], list[list[str]]]:
     """Header and rows of the paper's layout: rows are models, columns what they met."""
     cells = [entry.cell for entry in comparison.entries]
-    row_fields, column_fields = _varying(cells, ROW_FIELDS), _varying(cells, COLUMN_FIELDS)
+    row_fields, column_fields = _telling(cells, ROW_FIELDS), _varying(cells, COLUMN_FIELDS)
     columns = list(dict.fromkeys(_key(cell, column_fields) for cell in cells))
     rows: dict[tuple[str, ...], dict[tuple[str, ...], str]] = {}
     for entry in comparison.entries:
@@ -101,12 +104,20 @@ def _grid(comparison: Comparison, show: Callable[[Entry], str]) -> tuple[list[st
 
 
 def _labels(comparison: Comparison) -> int:
-    return len(_varying([entry.cell for entry in comparison.entries], ROW_FIELDS))
+    return len(_telling([entry.cell for entry in comparison.entries], ROW_FIELDS))
+
+
+def _telling(cells: Sequence[PublishedCell], names: Sequence[str]) -> list[str]:
+    """The first of the names, and those that tell apart what the ones before them do not."""
+    found = [names[0]]
+    for name in names[1:]:
+        if len({_key(cell, [*found, name]) for cell in cells}) > len({_key(cell, found) for cell in cells}):
+            found.append(name)
+    return found
 
 
 def _varying(cells: Sequence[PublishedCell], names: Sequence[str]) -> list[str]:
-    found = [name for name in names if len({getattr(cell, name) for cell in cells}) > 1]
-    return found or [names[-1] if names is COLUMN_FIELDS else "method"]
+    return [name for name in names if len({getattr(cell, name) for cell in cells}) > 1] or [names[-1]]
 
 
 def _key(cell: PublishedCell, names: Sequence[str]) -> tuple[str, ...]:
