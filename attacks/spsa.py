@@ -58,6 +58,8 @@ class Spsa(IterativeAttack):
     Params = SpsaParams
     access = "score"
     norms = ("linf",)
+    #: differences of scores a hundredth of a pixel apart drown in bf16's rounding
+    low_precision = False
 
     def start(self, target: Target, x: Tensor, y: Tensor, threat: Threat, rng: KeyedRandom) -> State:
         state = {"mean": torch.zeros_like(x), "square": torch.zeros_like(x)}

@@ -52,6 +52,8 @@ class Attack(ABC):
     budget: ClassVar[Literal["eps", "min_norm", "none"]] = "eps"
     #: Whether ``eps`` and the images alone decide the result (no labels of other images, no batch statistics).
     per_image: ClassVar[bool] = True
+    #: Whether the search is of use in bf16; one that lives on small differences of scores stays in fp32.
+    low_precision: ClassVar[bool] = True
 
     def __init__(self, params: Any = None) -> None:
         self.params = self.Params() if params is None else params

@@ -48,6 +48,8 @@ class AttackSpec:
     ) -> AttackSpec:
         """Check and fill in; ``params`` may hold ``success`` beside the attack's own parameters.
 
+        An attack whose search bf16 would spoil searches in fp32, whatever ``search`` is.
+
         Raises:
             UsageError: unknown attack or parameter, or a norm or radius it cannot be run at.
         """
@@ -56,6 +58,8 @@ class AttackSpec:
         success = convert(params.pop("success", "any"), Success, f"{name}[success]")
         resolved = fill(attack.Params, params, name)
         mode: Search = convert(search, Search, "search")
+        if not attack.low_precision:
+            mode = "fp32"
         if combiner != "native" and combiner not in COMBINERS:
             raise UsageError(f"unknown combiner {combiner!r}; expected native, {', '.join(COMBINERS)}")
         if attack.budget == "none":

@@ -997,3 +997,10 @@ def test_a_model_attacked_on_the_gpu_stays_where_its_owner_put_it() -> None:
     assert there.x_adv.device.type == there.robust.device.type == "cpu"
     assert int((here.robust != there.robust).sum()) <= 1
     assert (here.clean == there.clean).all()
+
+
+@pytest.mark.parametrize("name", ["deepfool", "spsa"])
+def test_an_attack_that_lives_on_small_differences_searches_in_fp32_whatever_is_asked_for(name: str) -> None:
+    specs = [AttackSpec.create(name, {}, "linf", "0.1", search=search) for search in ("fp32", "bf16", "bf16+fp32")]
+    assert [spec.search for spec in specs] == ["fp32"] * 3
+    assert AttackSpec.create("pgd", {}, "linf", "0.1", search="bf16").search == "bf16"

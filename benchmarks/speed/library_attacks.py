@@ -33,6 +33,7 @@ from torch import Tensor, nn
 
 from ensdef.losses import margin
 from ensdef.notation import split_list
+from ensdef.registry import ATTACKS
 
 MODES = ("fp32", "bf16", "bf16+fp32")
 
@@ -83,6 +84,7 @@ def attack(
     libraries = {
         label: library(subject, offer, duel.norm, right_only=duel.right_only) for label, offer in duel.libraries.items()
     }
+    modes = modes if ATTACKS.get(name).low_precision else ("fp32",)
     ours = searches(subject, name, duel.norm, modes, **duel.params)
     aims = dict.fromkeys(libraries, duel.floor_aims if floor else duel.aims)
     return compare(f"{name}, none falls" if floor else name, libraries, ours, aims)
