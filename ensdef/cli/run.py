@@ -21,7 +21,8 @@ from ensdef.protocol import Protocol, grid_of, layered, load_protocol, plan, wit
 from ensdef.protocol_file import read_protocol_file
 
 if TYPE_CHECKING:
-    from ensdef.measuring import Measurement, MeasureSpec
+    from ensdef.measure_spec import MeasureSpec
+    from ensdef.measurement import Measurement
     from ensdef.records import Record
     from ensdef.specs import Cell
 
@@ -146,7 +147,7 @@ def _replicate(table: PaperTable, protocol_id: str | None, options: RunOptions) 
     click.echo(f"tables: {', '.join(map(str, paths))}", err=options.as_json)
     if options.as_json:
         click.echo(json.dumps([record.summary() for record in records], indent=1))
-    if any(one.error for one in (*records, *measurements)):
+    if any(record.error for record in records) or any(one.error for one in measurements):
         sys.exit(1)
 
 

@@ -11,7 +11,8 @@ from typing import Any
 
 from ensdef.data import Data
 from ensdef.errors import UsageError
-from ensdef.measuring import Measurement, MeasureSpec
+from ensdef.measure_spec import MeasureSpec
+from ensdef.measurement import Measurement
 from ensdef.notation import parse_call
 from ensdef.papers.paper_table import Asked, PaperTable, Question
 from ensdef.protocol import AttackColumn, Protocol, expand, layered, rehearse_all
