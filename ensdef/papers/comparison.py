@@ -132,17 +132,17 @@ def _entry(
     measurements = tuple(source for source in (*sources, *against) if isinstance(source, Measurement))
     if failure := next((record.error for record in records if record.error), None):
         return Entry(cell, None, None, None, failure, records, measurements)
-    numbers = [_number(source, answer["value"]) for source in sources]
-    references = [_number(source, answer["value"]) for source in against]
-    if any(number is None for number in (*numbers, *references)):
+    numbers = _numbers(sources, answer["value"])
+    references = _numbers(against, answer["value"])
+    if numbers is None or references is None:
         told = f"{answer['value']} is undefined here"
         return Entry(cell, None, None, None, told, records, measurements)
-    mean = statistics.fmean(filter(_is_number, numbers))
+    mean = statistics.fmean(numbers)
     factor = IN_UNIT.get(cell.unit, 1.0)
     n = sum(source.n for source in sources if isinstance(source, Record)) or None
     stderr = _stderr(sources, answer["value"])
     if references:
-        reference = statistics.fmean(filter(_is_number, references))
+        reference = statistics.fmean(references)
         if answer["derive"] == "relative":
             if not reference:
                 return Entry(cell, None, None, n, "a share of nothing: the other has 0", records, measurements)
@@ -175,8 +175,11 @@ def _number(source: Record | Measurement, value: str) -> float | None:
     return float(number) if isinstance(number, int | float) else None
 
 
-def _is_number(number: float | None) -> bool:
-    return number is not None
+def _numbers(sources: Sequence[Record | Measurement], value: str) -> list[float] | None:
+    """None if any is undefined."""
+    numbers = [_number(source, value) for source in sources]
+    known = [number for number in numbers if number is not None]
+    return known if len(known) == len(numbers) else None
 
 
 def _stderr(sources: Sequence[Record | Measurement], value: str) -> float | None:

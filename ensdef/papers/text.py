@@ -74,8 +74,8 @@ def latex(comparison: Comparison) -> str:
     body = [[_escaped(text) if index < labels else text for index, text in enumerate(row)] for row in body]
     # two columns may have one title: the frame's own names are numbers
     frame = pd.DataFrame(body)
-    titles = {number: _escaped(title) for number, title in enumerate(header)}
-    styler = frame.style.hide(axis="index").format_index(titles.__getitem__, axis="columns")
+    titles: dict[object, str] = {number: _escaped(title) for number, title in enumerate(header)}
+    styler = frame.style.hide(axis="index").format_index(lambda number: titles[number], axis="columns")
     return f"% {comparison.title} ({comparison.scale}): ours (published)\n{styler.to_latex(hrules=True)}"
 
 
