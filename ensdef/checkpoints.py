@@ -146,7 +146,9 @@ def data_spec(folder: Path) -> DataSpec:
     try:
         told = _description(folder)["setting"]["data"]
         known = {item.name for item in dataclasses.fields(DataSpec)}
-        fields = {name: tuple(value) if isinstance(value, list) else value for name, value in told.items()}
+        fields: dict[str, Any] = {
+            name: tuple(value) if isinstance(value, list) else value for name, value in told.items()
+        }
         return DataSpec(**{name: value for name, value in fields.items() if name in known})
     except (KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{folder / SPEC} does not describe a data set ({error!r}); train it again") from error

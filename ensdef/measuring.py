@@ -258,5 +258,5 @@ def _provenance(spec: MeasureSpec, run: Run) -> dict[str, Any]:
         return told
     folder = checkpoint_folder(run.results, spec.training)
     report = training_report(folder) if is_trained(spec.training, run.results) else {}
-    trained_on = {name: report[name] for name in ("devices", "batch_norm") if name in report}
+    trained_on: dict[str, Any] = {name: report[name] for name in ("devices", "batch_norm") if name in report}
     return {**told, "train_seed": spec.training.setting.seed, **trained_on}

@@ -29,7 +29,7 @@ class Recombined(EnsembleDefense):
         self.spec = inner.spec
 
     @property
-    def members(self) -> Any:  # type: ignore[override]
+    def members(self) -> Any:
         return self.inner.members
 
     def member_logits(self, x: Tensor) -> Tensor:

@@ -197,9 +197,9 @@ def test_the_cost_of_lost_prerequisites_is_unknown() -> None:
 
 def surface(norm: str = "linf", **params: Any) -> tuple[Subject, Measured]:
     """Around clean images that are far enough from 0 and 1 for nothing to be clipped."""
-    x = 0.4 + 0.2 * torch.rand(3, 2, 3, generator=generator())
+    x = 0.4 + 0.2 * torch.rand(3, 2, 10, generator=generator())
     y = x.mean(dim=1).argmax(dim=1)
-    subject = Subject(Written(2, 3).eval(), x, y, torch.tensor([7, 8, 9]), norm, "0.1", 0)
+    subject = Subject(Written(2, 10).eval(), x, y, torch.tensor([7, 8, 9]), norm, "0.1", 0)
     return subject, measured("loss_surface", subject, around="clean", images=3, grid=5, **params)
 
 

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from click.testing import CliRunner, Result
 from matplotlib.figure import Figure
+from matplotlib.text import Text
 
 from ensdef.cli import cli, plot  # noqa: F401 - adds its command
 from ensdef.errors import UsageError
@@ -97,8 +98,7 @@ def detected(folder: Path, auc: float = 0.75, **changes: Any) -> Measurement:
 
 def texts(figure: Figure) -> str:
     """Everything that is written in a figure."""
-    found = [text.get_text() for text in figure.findobj(match=lambda part: hasattr(part, "get_text"))]
-    return "\n".join(found)
+    return "\n".join(text.get_text() for text in figure.findobj(match=Text))
 
 
 def ens(*words: object) -> Result:

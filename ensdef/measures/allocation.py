@@ -1,7 +1,7 @@
-"""What distributing adversarial images over members changes.
+"""iGAT: Understanding and Improving Ensemble Adversarial Defense (Deng, Mu; NeurIPS 2023, arXiv:2310.18477),
+supplement, Tables 4 to 8.
 
-iGAT: Understanding and Improving Ensemble Adversarial Defense (Deng, Mu; NeurIPS 2023, arXiv:2310.18477), supplement,
-Tables 4 to 8.
+What distributing adversarial images over members changes.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
-"""How fast the loss bends along adversarial perturbations.
+"""iGAT: Understanding and Improving Ensemble Adversarial Defense (Deng, Mu; NeurIPS 2023, arXiv:2310.18477),
+supplement.
 
-iGAT: Understanding and Improving Ensemble Adversarial Defense (Deng, Mu; NeurIPS 2023, arXiv:2310.18477), supplement:
-about 0.06 for its ADP networks, perturbations not stated.
+How fast the loss bends along adversarial perturbations: about 0.06 for the paper's ADP networks, perturbations not
+stated.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Attacked images told from clean ones by how undecided the ensemble is.
-
-CCE: Improving Ensemble Robustness by Collaboratively Promoting and Demoting Adversarial Robustness (Bui et al., AAAI
+"""CCE: Improving Ensemble Robustness by Collaboratively Promoting and Demoting Adversarial Robustness (Bui et al., AAAI
 2021, arXiv:2009.09612), Figures 3 and 4 and the text on its demoting mode.
+
+Attacked images told from clean ones by how undecided the ensemble is.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""The loss of ensemble and members on a plane of images around an adversarial one.
-
-CCE: Improving Ensemble Robustness by Collaboratively Promoting and Demoting Adversarial Robustness (Bui et al., AAAI
+"""CCE: Improving Ensemble Robustness by Collaboratively Promoting and Demoting Adversarial Robustness (Bui et al., AAAI
 2021, arXiv:2009.09612), supplement, Figures 6 to 8.
+
+The loss of ensemble and members on a plane of images around an adversarial one.
 """
 
 from __future__ import annotations

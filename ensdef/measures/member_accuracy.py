@@ -1,6 +1,6 @@
-"""Each member beside the ensemble.
+"""Synergy-of-Experts (Cui et al., NeurIPS 2022), appendix, Table 2.
 
-Synergy-of-Experts (Cui et al., NeurIPS 2022), appendix, Table 2.
+Each member beside the ensemble.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Experiments small enough to be solved on paper; no defence is measured.
+"""Synergy-of-Experts (Cui et al., NeurIPS 2022), appendix 3.1, and its earlier version CDA2, section 4.2; iGAT (Deng,
+Mu; NeurIPS 2023, arXiv:2310.18477), supplement.
 
-Synergy-of-Experts (Cui et al., NeurIPS 2022), appendix 3.1, and its earlier version CDA2, section 4.2; iGAT (Deng, Mu;
-NeurIPS 2023, arXiv:2310.18477), supplement.
+Experiments small enough to be solved on paper; no defence is measured.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""What a defence costs to train and to keep.
+"""Synergy-of-Experts (Cui et al., NeurIPS 2022), appendix, Table 1; CCE (Bui et al., AAAI 2021, arXiv:2009.09612),
+Table 9; iGAT (Deng, Mu; NeurIPS 2023, arXiv:2310.18477), supplement, Table 3 and text.
 
-Synergy-of-Experts (Cui et al., NeurIPS 2022), appendix, Table 1; CCE (Bui et al., AAAI 2021, arXiv:2009.09612), Table
-9; iGAT (Deng, Mu; NeurIPS 2023, arXiv:2310.18477), supplement, Table 3 and text.
+What a defence costs to train and to keep.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Adversarial images of one member, shown to the others.
-
-CCE: Improving Ensemble Robustness by Collaboratively Promoting and Demoting Adversarial Robustness (Bui et al., AAAI
+"""CCE: Improving Ensemble Robustness by Collaboratively Promoting and Demoting Adversarial Robustness (Bui et al., AAAI
 2021, arXiv:2009.09612), Table 6.
+
+Adversarial images of one member, shown to the others.
 """
 
 from __future__ import annotations

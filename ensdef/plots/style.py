@@ -7,6 +7,7 @@ import textwrap
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 from matplotlib.figure import Figure
@@ -26,7 +27,8 @@ _FORMATS = {
     ".png": {"Software": None},  # else the version of matplotlib would be in the file
     ".svg": {"Date": None, "Creator": None},
 }
-_SETTINGS = {
+#: Their type is Any: the stubs want literal keys.
+_SETTINGS: dict[Any, Any] = {
     "font.family": "sans-serif",
     "font.sans-serif": ["DejaVu Sans", "Arial", "Helvetica"],
     "font.size": 9.0,

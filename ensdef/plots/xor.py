@@ -28,16 +28,7 @@ def draw(results: Path, choice: Choice) -> Figure:
         for (experts, average), one in zip(rows, found, strict=True):
             _regions(experts, one, "experts")
             _regions(average, one, "average")
-            # where the gate changes its mind
-            experts.contour(
-                one.series["axis"],
-                one.series["axis"],
-                one.series["chosen"],
-                levels=[0.5],
-                colors="black",
-                linestyles="--",
-                linewidths=1,
-            )
+            _gate(experts, one)
             experts.set_title(f"two experts: {_percent(one, 'accuracy')}", loc="left", fontsize=9)
             average.set_title(f"their average: {_percent(one, 'averaged_accuracy')}", loc="left", fontsize=9)
             experts.set_ylabel(f"second input, variance {one.params['variance']:g}")
@@ -64,6 +55,13 @@ def _regions(axis: Axes, one: Measurement, which: str) -> None:
     axis.grid(False)
     axis.set_xlim(sides[0], sides[-1])
     axis.set_ylim(sides[0], sides[-1])
+
+
+def _gate(axis: Axes, one: Measurement) -> None:
+    """The line where the gate changes its mind, if it ever does."""
+    chosen, sides = np.array(one.series["chosen"]), one.series["axis"]
+    if chosen.min() < chosen.max():
+        axis.contour(sides, sides, chosen, levels=[0.5], colors="black", linestyles="--", linewidths=1)
 
 
 def _percent(one: Measurement, name: str) -> str:
