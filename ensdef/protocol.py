@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from ensdef.errors import UsageError
 from ensdef.notation import NORMS, convert, fraction, parse_call, split_list
 from ensdef.protocol_file import ProtocolFile, Refusal, protocol_paths, read_protocol_file
+from ensdef.scale import Scale, load_scale
 
 if TYPE_CHECKING:
     from ensdef.attack_spec import AttackSpec
@@ -108,9 +109,7 @@ def parse_protocol(content: Mapping[str, Any], name: str, scale: str | None = No
     scales = content.pop("scales", {})
     scale = chosen_scale(scales, scale, name)
     if scale is not None:
-        changes = dict(scales[scale])
-        recipes = {key: layered(content.get(key, {}), changes[key]) for key in ("recipe",) if key in changes}
-        content = {**content, **changes, **recipes, "scale": scale}
+        content = _at_scale(content, load_scale(scale, scales[scale]))
     elif "scale" in content:
         raise Refusal("scale", f"protocol {name} has no key 'scale'; scales are tables, such as [scales.smoke]")
     known = {item.name for item in dataclasses.fields(Protocol)} - {"name"}
@@ -130,6 +129,33 @@ def parse_protocol(content: Mapping[str, Any], name: str, scale: str | None = No
         columns.append(AttackColumn(str(entry["call"]), _radii(entry.get("eps"), owner), entry.get("norm")))
     content["eps"] = _radii(content.get("eps"), f"protocol {name}")
     return Protocol(name=name, attacks=tuple(columns), **content)
+
+
+def _at_scale(content: Mapping[str, Any], scale: Scale) -> dict[str, Any]:
+    """A grid that is written for a paper's data set and network, on what the scale puts in their place."""
+    stand_in = scale.dataset(str(content.get("dataset", "cifar10")))
+    norm = str(content.get("norm", "linf"))
+
+    def radii(value: Any, norm: str = norm) -> Any:
+        texts = _radii(value, "a radius")
+        return None if texts is None else [stand_in.radius(text, norm) for text in texts]
+
+    there: dict[str, Any] = {"dataset": stand_in.name, "scale": scale.name}
+    if (architecture := scale.architecture(str(content.get("arch", "")))) is not None:
+        there["arch"] = architecture
+    if "eps" in content:
+        there["eps"] = radii(content["eps"])
+    if content.get("train_eps", "eps") != "eps":
+        there["train_eps"] = radii(content["train_eps"])[0]
+    if isinstance(content.get("attacks"), list):
+        there["attacks"] = [
+            {**column, "eps": radii(column["eps"], str(column.get("norm", norm)))}
+            if isinstance(column, Mapping) and "eps" in column
+            else column
+            for column in content["attacks"]
+        ]
+    recipes = {"recipe": layered(scale.settings.get("recipe", {}), content.get("recipe", {}))}
+    return {**content, **scale.settings, **recipes, **there}
 
 
 def chosen_scale(scales: Any, asked: str | None, name: str) -> str | None:

@@ -20,12 +20,12 @@ from ensdef.notation import fill, parse_call
 from ensdef.papers.comparison import Comparison, compare, ranks
 from ensdef.papers.paper_table import PaperTable, is_paper_table, paper_table_of, parse_paper_table
 from ensdef.papers.published import PublishedCell, published, published_table
-from ensdef.papers.scale import StandIn, load_scale, merged, scale_names
 from ensdef.papers.text import csv, latex, markdown
 from ensdef.protocol import protocol_names
 from ensdef.protocol_file import ProtocolFile, Refusal, read_protocol_file
 from ensdef.records import Record, Store, with_outcomes
 from ensdef.registry import MEASUREMENTS, METHODS
+from ensdef.scale import StandIn, load_scale, merged, scale_names
 
 PAPER_TABLES = [name for name in protocol_names() if is_paper_table(read_protocol_file(name))]
 SCALES = ("smoke", "mini", "paper")

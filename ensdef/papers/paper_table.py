@@ -8,9 +8,9 @@ from typing import Any, Literal, get_args
 
 from ensdef.errors import UsageError
 from ensdef.papers.published import PublishedCell, published_table
-from ensdef.papers.scale import Scale, load_scale
 from ensdef.protocol import Protocol, chosen_scale, parse_protocol
 from ensdef.protocol_file import ProtocolFile, Refusal, only_keys, table_of_texts
+from ensdef.scale import Scale, load_scale
 
 #: How a number follows from two: in points, or in percent of the second.
 Derivation = Literal["difference", "relative"]
