@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from ensdef.errors import UsageError, suggest
-from ensdef.notation import NORMS, convert, parse_call, split_list
+from ensdef.notation import NORMS, convert, fill, parse_call, split_list
 
 if TYPE_CHECKING:
     from ensdef.attack_spec import AttackSpec
@@ -30,11 +30,21 @@ class AttackColumn:
 
 
 @dataclass(frozen=True)
+class MethodRow:
+    """One defence of a protocol that has an architecture or a number of members of its own; None: the protocol's."""
+
+    call: str
+    arch: str | None = None
+    members: int | None = None
+
+
+@dataclass(frozen=True)
 class Protocol:
     """Everything a run needs to know, before anything is loaded.
 
     Args:
-        methods: calls such as ``adp[entropy_weight=1]``.
+        kind: what is made of the records: ``grid``, a row each, or ``leaderboard``, a row a defence, with ranks.
+        methods: calls such as ``adp[entropy_weight=1]``, or rows with an architecture of their own.
         attacks: columns; their own eps and norm prevail.
         eps, norm: for columns that do not say; eps None: the data set's default.
         train_eps: radius of training; None: the data set's default; ``"eps"``: one training for each attack radius.
@@ -45,7 +55,8 @@ class Protocol:
     name: str
     version: int = 1
     title: str = ""
-    methods: tuple[str, ...] = ()
+    kind: Literal["grid", "leaderboard"] = "grid"
+    methods: tuple[str | MethodRow, ...] = ()
     attacks: tuple[AttackColumn, ...] = ()
     dataset: str = "digits"
     data_dir: str | None = None
@@ -71,6 +82,11 @@ class Protocol:
     def id(self) -> str:
         """Name and version, written into the records of a run that changes nothing of the protocol."""
         return f"{self.name}-v{self.version}"
+
+    @property
+    def rows(self) -> tuple[MethodRow, ...]:
+        """The methods, each as a row."""
+        return tuple(one if isinstance(one, MethodRow) else MethodRow(one) for one in self.methods)
 
 
 def protocol_names() -> list[str]:
@@ -119,7 +135,20 @@ def parse_protocol(content: Mapping[str, Any], name: str) -> Protocol:
         _check_norm(entry.get("norm", "linf"), f"protocol {name}: {entry['call']}")
         columns.append(AttackColumn(str(entry["call"]), _texts(entry.get("eps")), entry.get("norm")))
     content["eps"] = _texts(content.get("eps"))
+    content["methods"] = tuple(_method(entry, f"protocol {name}") for entry in content.get("methods", ()))
     return Protocol(name=name, attacks=tuple(columns), **content)
+
+
+def _method(entry: Any, owner: str) -> str | MethodRow:
+    """A call, or a table with a call."""
+    if isinstance(entry, str):
+        return entry
+    if not isinstance(entry, Mapping) or not isinstance(entry.get("call"), str):
+        raise UsageError(
+            f"{owner}: a method is a text, or a table such as {{ call = 'adv', arch = 'resnet20', members = 1 }}, "
+            f"got {entry!r}"
+        )
+    return fill(MethodRow, entry, f"{owner}: method {entry['call']}")
 
 
 def layered(*recipes: Mapping[str, Any]) -> dict[str, Any]:
@@ -155,7 +184,7 @@ def _check_types(content: dict[str, Any], owner: str) -> None:
             tables = value.values() if key != "recipe" and isinstance(value, Mapping) else [value]
             if not all(isinstance(table, Mapping) for table in tables):
                 raise UsageError(f"{what} is {value!r}; expected a table of training settings")
-        elif key not in ("attacks", "eps"):
+        elif key not in ("methods", "attacks", "eps"):
             content[key] = convert(value, hints[key], what)
     for key, numbers in (("seeds", content.get("seeds", ())), ("attack_seed", (content.get("attack_seed", 0),))):
         if any(number < 0 for number in numbers):
@@ -185,11 +214,11 @@ def plan(protocol: Protocol) -> tuple[list[Cell], Data]:
     from ensdef.registry import ATTACKS, DATASETS, METHODS
     from ensdef.specs import Cell, Setting, TrainSpec
 
-    methods = [parse_call(call) for call in protocol.methods]
+    methods = [(*parse_call(row.call), row) for row in protocol.rows]
     columns = [(parse_call(column.call), column) for column in protocol.attacks]
     if not methods or not columns or not protocol.seeds:
         raise UsageError(f"protocol {protocol.name} has no {'methods' if not methods else 'attacks or seeds'}")
-    used = [*(name for name, _ in methods), *protocol.method_recipes]
+    used = [*(name for name, _, _ in methods), *protocol.method_recipes]
     for registry, names in ((METHODS, used), (ATTACKS, [call[0] for call, _ in columns])):
         for name in names:
             registry.get(name)
@@ -219,7 +248,8 @@ def plan(protocol: Protocol) -> tuple[list[Cell], Data]:
         recipe["epochs"] = protocol.epochs
         method_recipes = without(method_recipes, {"epochs": protocol.epochs})
     cells: dict[str, Cell] = {}
-    for name, hyper in methods:
+    for name, hyper, row in methods:
+        arch = row.arch or protocol.arch
         for seed in protocol.seeds:
             for (attack, params), column in columns:
                 norm = column.norm or protocol.norm
@@ -227,8 +257,8 @@ def plan(protocol: Protocol) -> tuple[list[Cell], Data]:
                     train_eps = source.eps[protocol.norm] if protocol.train_eps is None else protocol.train_eps
                     setting = Setting(
                         data_spec,
-                        source.architecture if protocol.arch is None else protocol.arch,
-                        protocol.members,
+                        source.architecture if arch is None else arch,
+                        protocol.members if row.members is None else row.members,
                         norm if train_eps == "eps" else protocol.norm,
                         eps if train_eps == "eps" else train_eps,
                         recipe,

@@ -13,6 +13,7 @@ from ensdef.errors import UsageError
 from ensdef.executor import Executor, LocalExecutor
 from ensdef.health.catalogue import TIERS, Tier
 from ensdef.jobs import CellJob, Job, Result, Run, TrainJob, is_trained
+from ensdef.leaderboard import protocols
 from ensdef.parallel import check_training
 from ensdef.progress import Advance, Progress
 from ensdef.records import Record, Store, write_bytes
@@ -161,7 +162,7 @@ class _Driver:
                 return
             if cell.key in self.running:
                 continue
-            record = find_record(cell, self.run.results, self.run.health)
+            record = self._found(cell)
             if record is not None:
                 self.done[cell.key] = record
                 continue
@@ -172,6 +173,16 @@ class _Driver:
             if job is not None:
                 self.running.add(job.key)
                 self.executor.submit(job)
+
+    def _found(self, cell: Cell) -> Record | None:
+        """The finished record, which from now on is also one of the protocol that is run."""
+        record = find_record(cell, self.run.results, self.run.health)
+        if record is None or self.run.protocol is None or self.run.protocol in protocols(record):
+            return record
+        also = {**record.provenance, "also_in": [*record.provenance.get("also_in", ()), self.run.protocol]}
+        stored = self.store.read(Path(str(record.path))) or record  # its radius as it was written then
+        self.store.write(dataclasses.replace(stored, provenance=also))
+        return dataclasses.replace(record, provenance=also)
 
     def _job(self, cell: Cell) -> Job | None:
         """What has to be done next for a cell; None: it is done.
@@ -185,7 +196,7 @@ class _Driver:
                 return missing
         if not self.claims.take(cell.key):
             raise _Blocked
-        record = find_record(cell, self.run.results, self.run.health)
+        record = self._found(cell)
         if record is None:
             failed = next((self.failures[spec.key] for spec in job.needs if spec.key in self.failures), None)
             if failed is None:

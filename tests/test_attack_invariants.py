@@ -30,6 +30,7 @@ EXEMPT: dict[tuple[str, str], str] = {
 #: Attacks that these toys cannot be attacked with, and which file tests them.
 ELSEWHERE = {
     "sgm": "needs residual branches: test_gradient_attacks.py",
+    "suite": "runs others of this list: test_suite.py",
     **dict.fromkeys(("transfer", "transfer3", "transfer30"), "crafts on other models: test_transfer.py"),
 }
 #: Budgets in the place of the attack's own.

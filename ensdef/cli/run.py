@@ -21,6 +21,7 @@ from ensdef.protocol import Protocol, layered, load_protocol, plan, with_attacks
 if TYPE_CHECKING:
     from ensdef.records import Record
     from ensdef.specs import Cell
+    from ensdef.tables import Kind
 
 
 @cli.command()
@@ -125,24 +126,42 @@ def _go(protocol: Protocol, table: str, protocol_id: str | None, options: RunOpt
     run = Run(results, where, options.batch_size, protocol_id, health, options.devices)
     with contextlib.redirect_stdout(sys.stderr):  # plug-ins and Ray print where they like; stdout is for the results
         records = run_cells(cells, run, progress, options.make_executor())
-    _report(records, protocol, table, results, options.as_json)
+    _report(records, protocol, protocol_id, table, results, options.as_json)
     if any(record.error for record in records):
         sys.exit(1)
 
 
-def _report(records: list[Record], protocol: Protocol, table: str, results: Path, as_json: bool) -> None:
+def _report(
+    records: list[Record], protocol: Protocol, protocol_id: str | None, table: str, results: Path, as_json: bool
+) -> None:
     from ensdef.claims import one_at_a_time
-    from ensdef.tables import Manifests, markdown, write_table
+    from ensdef.tables import Manifests, build_table, markdown, write_table
 
     with one_at_a_time(results, "tables"):
         # a bench adds to what was benched before; a protocol's table is the protocol's cells and no others
         title = protocol.title if table != "bench" else "Bench"
-        Manifests(results).write(table, title, records, extend=table == "bench")
+        kind = _kind(protocol, protocol_id, records)
+        Manifests(results).write(table, title, records, extend=table == "bench", kind=kind)
         paths = write_table(table, results, results / "tables")
-    click.echo(markdown(records, results), err=as_json)
+        text = build_table(table, results)[f"{table}.md"] if kind == "leaderboard" else markdown(records, results)
+    click.echo(text, err=as_json)
     click.echo(f"tables: {', '.join(map(str, paths))}; records: {results / 'records'}", err=as_json)
     if as_json:
         click.echo(json.dumps([record.summary() for record in records], indent=1))
+
+
+def _kind(protocol: Protocol, protocol_id: str | None, records: list[Record]) -> Kind:
+    """What is made of the records: no leaderboard where a changed protocol met records of another."""
+    from ensdef.leaderboard import protocols
+
+    if protocol.kind == "leaderboard" and protocol_id is None and any(map(protocols, records)):
+        click.echo(
+            f"a grid in place of the leaderboard: {protocol.name} was changed on the command line, and some records "
+            "are those of a protocol; give the changed run a --results folder of its own",
+            err=True,
+        )
+        return "grid"
+    return protocol.kind
 
 
 def _print_plan(cells: list[Cell], where: str, options: RunOptions) -> None:
