@@ -162,7 +162,12 @@ class _Driver:
                 return
             if cell.key in self.running:
                 continue
-            record = self._found(cell)
+            record = find_record(cell, self.run.results, self.run.health)
+            if record is not None and self._foreign(record):
+                if not self.claims.take(cell.key):
+                    continue  # somebody is at this record
+                record = self._adopted(cell)
+                self.claims.release(cell.key)
             if record is not None:
                 self.done[cell.key] = record
                 continue
@@ -174,10 +179,14 @@ class _Driver:
                 self.running.add(job.key)
                 self.executor.submit(job)
 
-    def _found(self, cell: Cell) -> Record | None:
-        """The finished record, which from now on is also one of the protocol that is run."""
+    def _foreign(self, record: Record) -> bool:
+        """Whether no run of this protocol has met the record yet."""
+        return self.run.protocol is not None and self.run.protocol not in protocols(record)
+
+    def _adopted(self, cell: Cell) -> Record | None:
+        """The finished record of a claimed cell, which from now on is also one of the protocol that is run."""
         record = find_record(cell, self.run.results, self.run.health)
-        if record is None or self.run.protocol is None or self.run.protocol in protocols(record):
+        if record is None or not self._foreign(record):
             return record
         also = {**record.provenance, "also_in": [*record.provenance.get("also_in", ()), self.run.protocol]}
         stored = self.store.read(Path(str(record.path))) or record  # its radius as it was written then
@@ -196,7 +205,7 @@ class _Driver:
                 return missing
         if not self.claims.take(cell.key):
             raise _Blocked
-        record = self._found(cell)
+        record = self._adopted(cell)
         if record is None:
             failed = next((self.failures[spec.key] for spec in job.needs if spec.key in self.failures), None)
             if failed is None:
