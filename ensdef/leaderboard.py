@@ -84,8 +84,7 @@ def standings(records: Sequence[Record]) -> list[Standing]:
     names = columns(records)
     groups: dict[tuple[Any, ...], list[Record]] = {}
     for record in records:
-        row = (record.label, record.architecture, record.members, record.combiner)
-        groups.setdefault(row, []).append(record)
+        groups.setdefault((record.label, record.architecture, record.members, record.combiner), []).append(record)
     rows = [_Row(group, names) for group in groups.values()]
     rows.sort(key=lambda row: -_mean(row.outcomes()))
     ranked = [row for row in rows if row.outcomes()]
@@ -134,16 +133,20 @@ def _check_together(records: Sequence[Record]) -> None:
             "protocol: run it again into this results folder"
         )
     finished = [record for record in records if record.error is None]
-    for what, value in (
-        ("of several data sets", lambda record: record.dataset),
-        ("on different test images", lambda record: record.provenance.get("subset_checksum")),
-        ("on different test images", lambda record: record.outcomes["ids"]),
-    ):
-        other = next((record for record in finished if value(record) != value(finished[0])), None)
-        if other is not None:
-            raise UsageError(
-                f"records {what} cannot be compared image by image: {_where(finished[0])} and {_where(other)}"
-            )
+    for other in finished[1:]:
+        first = finished[0]
+        if other.dataset != first.dataset:
+            what = "of several data sets"
+        elif _images(other) != _images(first):
+            what = "on different test images"
+        else:
+            continue
+        raise UsageError(f"records {what} cannot be compared image by image: {_where(first)} and {_where(other)}")
+
+
+def _images(record: Record) -> tuple[Any, ...]:
+    """Which images a finished record is about, and what they look like."""
+    return record.provenance.get("subset_checksum"), record.outcomes["ids"]
 
 
 def _where(record: Record) -> str:

@@ -17,7 +17,7 @@ from ensdef.notation import NORMS, convert, fill, parse_call, split_list
 if TYPE_CHECKING:
     from ensdef.attack_spec import AttackSpec
     from ensdef.data import Data
-    from ensdef.specs import Cell
+    from ensdef.specs import Cell, ModelSpec
 
 
 @dataclass(frozen=True)
@@ -284,23 +284,28 @@ def plan(protocol: Protocol) -> tuple[list[Cell], Data]:
 
 def _rehearse(cells: list[Cell], data: Data) -> None:
     """Build every defence once and look at its scores, so that a broken one is refused before any training."""
+    from ensdef.keys import content_key
     from ensdef.registry import ATTACKS
     from ensdef.rehearsal import rehearse
     from ensdef.scores import check_scores
     from ensdef.target import Target
 
     x = data.test.x(slice(0, 4))
-    attacks: dict[str, list[AttackSpec]] = {cell.training.key: [] for cell in cells}
+    models: dict[str, ModelSpec] = {}
+    attacks: dict[str, dict[str, AttackSpec]] = {}
     for cell in cells:
-        attacks[cell.training.key].append(cell.attack)
-    for training in {cell.training.key: cell.training for cell in cells}.values():
-        for spec in (training, *training.prerequisites.values()):
-            defense, scores = rehearse(spec.model, x)
-            check_scores(scores, len(x), f"{spec.method}.predict", spec.model.num_classes)
-            if spec is training:
-                for attack in attacks[training.key]:
-                    traits = Target(defense, combiner=attack.combiner).traits(x[:1])
-                    ATTACKS.get(attack.name)(attack.params_object).fits(traits)
+        for spec in (cell.training, *cell.training.prerequisites.values()):
+            key = content_key(dataclasses.asdict(spec.model))  # seeds and recipes change nothing here
+            models[key] = spec.model
+            if spec is cell.training:
+                attacks.setdefault(key, {})[f"{cell.attack.call} on {cell.attack.combiner}"] = cell.attack
+    for key, model in models.items():
+        defense, scores = rehearse(model, x)
+        check_scores(scores, len(x), f"{model.method}.predict", model.num_classes)
+        met = list(attacks.get(key, {}).values())
+        traits = {one: Target(defense, combiner=one).traits(x[:1]) for one in {attack.combiner for attack in met}}
+        for attack in met:
+            ATTACKS.get(attack.name)(attack.params_object).fits(traits[attack.combiner])
 
 
 def with_methods(protocol: Protocol, text: str) -> Protocol:

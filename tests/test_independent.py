@@ -63,12 +63,14 @@ def test_an_optimiser_step_of_the_whole_is_one_of_each_member() -> None:
 
 
 def test_the_loss_is_the_members_cross_entropy_on_examples_against_themselves() -> None:
-    defense, given = network("independent"), batch()
-    adversary = lend_adversary(defense, attack=InnerAttack(steps=3, start="zero"))
-    crafted = [adversary(member, given.x, given.y) for member in defense.members]
+    # two of the same weights: a pass in train mode moves the running statistics that attacks see
+    defense, same, given = network("independent"), network("independent"), batch()
+    adversary = lend_adversary(same, attack=InnerAttack(steps=3, start="zero"))
+    crafted = [adversary(member, given.x, given.y) for member in same.members]
     expected = sum(
-        number(cross_entropy(member(x), given.y).mean()) for member, x in zip(defense.members, crafted, strict=True)
+        number(cross_entropy(member(x), given.y).mean()) for member, x in zip(same.members, crafted, strict=True)
     )
+    lend_adversary(defense, attack=InnerAttack(steps=3, start="zero"))
     terms: Any = defense.loss(given, 0.0)
     assert {name: number(value) for name, value in terms.items()} == {"adv_ce": pytest.approx(expected, rel=1e-4)}
 

@@ -222,8 +222,8 @@ def test_attacks_that_make_no_suite_are_refused_by_name(calls: tuple[str, ...], 
 
 
 def test_a_norm_that_one_attack_does_not_have_is_refused_with_its_name() -> None:
-    with pytest.raises(UsageError, match=r"suite: rays cannot be run in l2; it has: linf"):
-        AttackSpec.create("suite", {"attacks": ("pgd", "rays")}, "l2", "0.5")
+    with pytest.raises(UsageError, match=r"suite: spsa cannot be run in l2; it has: linf"):
+        AttackSpec.create("suite", {"attacks": ("pgd", "spsa")}, "l2", "0.5")
 
 
 def test_a_model_that_one_attack_cannot_be_run_on_is_refused_with_its_name() -> None:

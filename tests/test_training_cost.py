@@ -115,6 +115,7 @@ def test_a_record_that_another_protocol_finds_is_from_then_on_one_of_its_own_too
         (found,) = run_cells([cell()], Run(tmp_path, protocol="second-v1"))
         assert found.provenance["also_in"] == ["second-v1"]
     (stored,) = Store(tmp_path).all()
-    assert stored == replace(made, provenance={**made.provenance, "also_in": ["second-v1"]})
+    expected = replace(made, provenance={**made.provenance, "also_in": ["second-v1"]})
+    assert stored.to_json() == expected.to_json()
     (found,) = run_cells([cell()], Run(tmp_path))
     assert json.loads(Path(str(found.path)).read_text())["provenance"]["protocol"] == "first-v1"
