@@ -47,6 +47,8 @@ class TransferParams:
         losses: ``ce``, and ``margin`` (the papers' CW).
         starts: random starts of the attacks that have them; each is a variant of its own.
         steps: of every crafting attack.
+        architecture: of the surrogates; None: that of the attacked defence. Where defences differ in theirs, one
+            architecture for all means the same images for all.
     """
 
     surrogates: tuple[str, ...] = ("nat",)
@@ -55,6 +57,7 @@ class TransferParams:
     losses: tuple[Literal["ce", "margin"], ...] = ("ce",)
     starts: int = 1
     steps: int = 100
+    architecture: str | None = None
 
     def __post_init__(self) -> None:
         at_least("", starts=(self.starts, 1), steps=(self.steps, 1))
@@ -97,10 +100,11 @@ class Transfer(CompositeAttack):
     @classmethod
     def prerequisites(cls, params: Any, training: TrainSpec) -> Mapping[str, TrainSpec]:
         needed = {}
+        changes = {"seed": HOLD_OUT, **({"architecture": params.architecture} if params.architecture else {})}
         for call in params.surrogates:
             name, hyper = parse_call(call)
             for size in params.members:
-                needed[_role(call, size)] = training.derive(name, hyper, members=size, seed=HOLD_OUT)
+                needed[_role(call, size)] = training.derive(name, hyper, members=size, **changes)
         return needed
 
     @classmethod

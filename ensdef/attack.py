@@ -80,6 +80,11 @@ class Attack(ABC):
         """Names of other attacks that this one looks up: their code becomes part of its keys."""
         return ()
 
+    @classmethod
+    def made_of(cls, params: Any) -> Sequence[str]:
+        """Calls of other attacks that this one runs in its own norm and radius, from its parameter ``attacks``."""
+        return ()
+
     def warm_start(self, prerequisites: Mapping[str, EnsembleDefense]) -> None:  # noqa: B027 - a hook
         """Take the trained prerequisites, on the device of the attack, before it begins."""
 

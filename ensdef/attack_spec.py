@@ -11,7 +11,7 @@ from ensdef.codehash import code_hash
 from ensdef.combine import COMBINERS
 from ensdef.errors import UsageError
 from ensdef.keys import non_default
-from ensdef.notation import convert, fill, format_call, parse_eps
+from ensdef.notation import convert, fill, format_call, parse_call, parse_eps
 from ensdef.registry import ATTACKS
 
 Success = Literal["any", "last"]
@@ -68,6 +68,12 @@ class AttackSpec:
             radius = parse_eps(eps, norm, dimensions)
         except UsageError as error:
             raise UsageError(f"{name}: {error}") from None
+        for call in attack.made_of(resolved):
+            other, given = parse_call(call)
+            try:
+                cls.create(other, given, norm, eps, dimensions=dimensions)
+            except UsageError as error:
+                raise UsageError(f"{name}: {error}") from None
         norms = attack.norms_for(resolved)
         if norm not in norms:
             asked = format_call(name, non_default(attack.Params, dataclasses.asdict(resolved)))

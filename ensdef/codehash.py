@@ -10,6 +10,7 @@ import hashlib
 import importlib
 import inspect
 import sys
+from functools import cache
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -31,7 +32,7 @@ def code_hash(plugin: Any) -> str:
             _with_siblings(sys.modules[cls.__module__], found)
     digest = hashlib.sha256(f"numerics {NUMERICS}".encode())
     for part in sorted(found.values(), key=lambda item: item.__name__):
-        digest.update(_normalised(part).encode())
+        digest.update(_normalised(_source(part)).encode())
     return digest.hexdigest()[:16]
 
 
@@ -43,28 +44,34 @@ def _with_siblings(module: ModuleType, found: dict[str, ModuleType]) -> dict[str
     package = module.__name__.rpartition(".")[0]
     if package == "ensdef":
         return found
-    for node in ast.walk(ast.parse(_source(module))):
-        names: list[str] = []
+    for name in _imported(_source(module), package):
+        own = bool(package) and name.startswith(package + ".")
+        if (own or name.startswith(_FORMULAS)) and name not in found:
+            try:
+                sibling = importlib.import_module(name)
+            except ModuleNotFoundError:
+                continue  # the name of something inside a module, not of a module
+            _with_siblings(sibling, found)
+        elif not package and name not in found and _beside(sys.modules.get(name), module):
+            _with_siblings(sys.modules[name], found)
+    return found
+
+
+@cache
+def _imported(source: str, package: str) -> tuple[str, ...]:
+    """Names that a module of a package imports, and those of what it imports from them."""
+    names: list[str] = []
+    for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.ImportFrom):
             base = (
                 f"{package}.{node.module}"
                 if node.level and node.module
                 else (package if node.level else node.module or "")
             )
-            names = [base, *(f"{base}.{alias.name}" for alias in node.names)]
+            names += [base, *(f"{base}.{alias.name}" for alias in node.names)]
         elif isinstance(node, ast.Import):
-            names = [alias.name for alias in node.names]
-        for name in names:
-            own = bool(package) and name.startswith(package + ".")
-            if (own or name.startswith(_FORMULAS)) and name not in found:
-                try:
-                    sibling = importlib.import_module(name)
-                except ModuleNotFoundError:
-                    continue  # the name of something inside a module, not of a module
-                _with_siblings(sibling, found)
-            elif not package and name not in found and _beside(sys.modules.get(name), module):
-                _with_siblings(sys.modules[name], found)
-    return found
+            names += [alias.name for alias in node.names]
+    return tuple(names)
 
 
 def _beside(other: ModuleType | None, module: ModuleType) -> bool:
@@ -73,8 +80,9 @@ def _beside(other: ModuleType | None, module: ModuleType) -> bool:
     return all(paths) and Path(str(paths[0])).parent == Path(str(paths[1])).parent
 
 
-def _normalised(module: ModuleType) -> str:
-    tree = ast.parse(_source(module))
+@cache
+def _normalised(source: str) -> str:
+    tree = ast.parse(source)
     for node in ast.walk(tree):
         body = getattr(node, "body", None)
         if (

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any, cast
 
 import torch
@@ -15,6 +15,7 @@ from ensdef.attack_spec import AttackSpec
 from ensdef.defense import EnsembleDefense
 from ensdef.errors import UsageError
 from ensdef.harness import BALL_SLACK, Outcome, attack_model
+from ensdef.notation import fill, format_call, parse_call
 from ensdef.registry import ATTACKS, METHODS
 from ensdef.specs import DataSpec, Setting, TrainSpec
 from ensdef.target import Target
@@ -67,10 +68,14 @@ def run(name: str, eps: float, *, batch_size: int = 128, order: Tensor | None = 
     )
 
 
-def _shortened(name: str) -> dict[str, Any]:
+def _shortened(name: str, given: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """Smaller budgets than the attack's own: clauses hold at any."""
-    params = ATTACKS.get(name).Params()
-    return {field: most for field, most in BUDGETS.items() if getattr(params, field, 0) > most}
+    attack = ATTACKS.get(name)
+    params = fill(attack.Params, given or {}, name)
+    short: dict[str, Any] = {field: most for field, most in BUDGETS.items() if getattr(params, field, 0) > most}
+    if calls := [parse_call(call) for call in attack.made_of(params)]:
+        short["attacks"] = tuple(format_call(other, _shortened(other, own)) for other, own in calls)
+    return {**(given or {}), **short}
 
 
 def _surrogates(name: str, params: Any) -> Iterable[str]:

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from ensdef.architecture import Network
 from ensdef.build import build_defense
@@ -87,6 +88,19 @@ def count_passes(method_call: str, members: int = 3, steps: int = 10, batch: int
         for terms in [result] if isinstance(result, dict) else result:
             torch.stack(list(terms.values())).sum().backward()
     return Passes(**{kind: sum((one.count(kind) * one.share for one in made), 0.0) for kind in _KINDS})
+
+
+def multiplications(network: nn.Module, image_shape: tuple[int, ...]) -> int:
+    """Of one forward pass over one image: convolutions and linear layers, as torch counts them.
+
+    Args:
+        network: images to scores; a member, or a whole defence.
+        image_shape: of one image, (channels, height, width).
+    """
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        network(torch.zeros(1, *image_shape, device=next(network.parameters()).device))
+    # one multiplication and one addition each
+    return int(counter.get_total_flops()) // 2
 
 
 @dataclass

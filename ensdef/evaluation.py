@@ -153,7 +153,7 @@ def evaluate_cell(
         test, ids: its images, and their positions in the whole test set.
         sets: where adversarial images crafted on surrogates are kept.
         trained_with: findings about the training, which become flags of the record, before those about the attack.
-        trained_on: what provenance tells of the training's devices.
+        trained_on: what provenance tells of the training: its devices, what it took.
         health: tier of the report on the attack.
     """
     outcome = attack_model(

@@ -24,9 +24,16 @@ class Footnotes:
                 if text not in self.texts:
                     self.texts.append(text)
 
-    def marks(self, record: Record) -> str:
+    def marks(self, *records: Record) -> str:
         """`` [1] [3]``, or nothing."""
-        return "".join(f" [{self.texts.index(text) + 1}]" for text in dict.fromkeys(self._of(record)))
+        texts = dict.fromkeys(text for record in records for text in self._of(record))
+        return "".join(f" [{number}]" for number in sorted(self.texts.index(text) + 1 for text in texts))
+
+    def add(self, text: str) -> str:
+        """A footnote that no record has; its mark."""
+        if text not in self.texts:
+            self.texts.append(text)
+        return f" [{self.texts.index(text) + 1}]"
 
     def _of(self, record: Record) -> list[str]:
         failure = [f"failed: {record.error}"] if record.error else []

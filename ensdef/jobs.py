@@ -26,6 +26,7 @@ from ensdef.provenance import provenance
 from ensdef.records import Record
 from ensdef.specs import Cell, TrainSpec
 from ensdef.training import train
+from ensdef.training_cost import costs_of, whole_cost
 
 
 @dataclass(frozen=True)
@@ -88,7 +89,9 @@ class TrainJob:
             save_last_good(folder, error.last_good, spec, str(error))
             kept = checkpoint_folder(run.results, spec) / LAST_GOOD
             raise TrainingDiverged(f"{error} (weights of the last good epoch: {kept})") from error
-        save_checkpoint(folder, trained.defense, spec, {**trained.report, "provenance": provenance(run.device)})
+        before = [(one.key, training_report(checkpoint_folder(where, one))) for one in self.needs]
+        told = {"costs": costs_of(spec, trained, before), "provenance": provenance(run.device)}
+        save_checkpoint(folder, trained.defense, spec, {**trained.report, **told})
 
 
 @dataclass(frozen=True)
@@ -133,7 +136,11 @@ class CellJob:
             prerequisites=surrogates,
             sets=AdversarialSets(where),
             trained_with=trained.get("health", ()),
-            trained_on={"devices": 1, **{name: trained[name] for name in ("devices", "batch_norm") if name in trained}},
+            trained_on={
+                "devices": 1,
+                **{name: trained[name] for name in ("devices", "batch_norm") if name in trained},
+                "training": whole_cost(trained, cell.training.key),
+            },
             health=run.health or "basic",
             progress=progress,
         )

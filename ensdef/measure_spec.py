@@ -174,14 +174,14 @@ def plan_measurements(protocol: Protocol, calls: Sequence[str], seed: int = 0) -
     if protocol.epochs is not None:
         recipe["epochs"] = protocol.epochs
         method_recipes = without(method_recipes, {"epochs": protocol.epochs})
-    for method in protocol.methods:
+    for row in protocol.rows:
         for train_seed in protocol.seeds:
             for eps in protocol.eps or (source.eps[protocol.norm],):
                 train_eps = source.eps[protocol.norm] if protocol.train_eps is None else protocol.train_eps
                 setting = Setting(
                     data_spec,
-                    source.architecture if protocol.arch is None else protocol.arch,
-                    protocol.members,
+                    row.arch or protocol.arch or source.architecture,
+                    row.members or protocol.members,
                     protocol.norm,
                     eps if train_eps == "eps" else train_eps,
                     recipe,
@@ -189,7 +189,7 @@ def plan_measurements(protocol: Protocol, calls: Sequence[str], seed: int = 0) -
                     train_seed,
                     method_recipes,
                 )
-                training = TrainSpec.create(*parse_call(method), setting)
+                training = TrainSpec.create(*parse_call(row.call), setting)
                 for name, params in parsed:
                     spec = MeasureSpec.create(
                         name,

@@ -26,18 +26,24 @@ def split_list(text: str) -> list[str]:
     Raises:
         UsageError: a bracket is not closed, closed twice, or an item is empty.
     """
+    items = _split(text, ",")
+    if not all(items):
+        raise UsageError(f"{text!r} has an empty item; expected names separated by single commas")
+    return items
+
+
+def _split(text: str, separator: str) -> list[str]:
+    """What stands between separators at bracket depth 0, without surrounding spaces."""
     items, depth, start = [], 0, 0
-    for position, char in enumerate(text + ","):
+    for position, char in enumerate(text + separator):
         depth += (char == "[") - (char == "]")
         if depth < 0:
             raise UsageError(f"{text!r} closes a bracket that was never opened")
-        if char == "," and depth == 0:
+        if char == separator and depth == 0:
             items.append(text[start:position].strip())
             start = position + 1
     if depth:
         raise UsageError(f"{text!r} opens a bracket that is never closed")
-    if not all(items):
-        raise UsageError(f"{text!r} has an empty item; expected names separated by single commas")
     return items
 
 
@@ -204,7 +210,7 @@ def convert(value: Any, hint: Any, what: str) -> Any:
         return _plain(value)
     if origin is tuple:
         item = get_args(hint)[0]
-        parts = value if isinstance(value, list | tuple) else [part for part in str(value).split("+") if part]
+        parts = value if isinstance(value, list | tuple) else [part for part in _split(str(value), "+") if part]
         return tuple(convert(part, item, what) for part in parts)
     raise TypeError(f"{what}: fields annotated {hint!r} cannot be read from text")
 

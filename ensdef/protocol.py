@@ -9,14 +9,14 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 from ensdef.errors import UsageError
-from ensdef.notation import NORMS, convert, fraction, parse_call, split_list
+from ensdef.notation import NORMS, convert, fill, fraction, parse_call, split_list
 from ensdef.protocol_file import ProtocolFile, Refusal, protocol_paths, read_protocol_file
 from ensdef.scale import Scale, load_scale
 
 if TYPE_CHECKING:
     from ensdef.attack_spec import AttackSpec
     from ensdef.data import Data
-    from ensdef.specs import Cell
+    from ensdef.specs import Cell, ModelSpec
 
 
 @dataclass(frozen=True)
@@ -29,12 +29,23 @@ class AttackColumn:
 
 
 @dataclass(frozen=True)
+class MethodRow:
+    """One defence of a protocol that has an architecture or a number of members of its own; None: the protocol's."""
+
+    call: str
+    arch: str | None = None
+    members: int | None = None
+
+
+@dataclass(frozen=True)
 class Protocol:
     """Everything a run needs to know, before anything is loaded.
 
     Args:
-        methods: calls such as ``adp[entropy_weight=1]``.
+        kind: what is made of the records: ``grid``, a row each, or ``leaderboard``, a row a defence, with ranks.
+        methods: calls such as ``adp[entropy_weight=1]``, or rows with an architecture of their own.
         attacks: columns; their own eps and norm prevail.
+        measures: in the place of attacks: measurements of every method at every radius.
         eps, norm: for columns that do not say; eps None: the data set's default.
         train_eps: radius of training; None: the data set's default; ``"eps"``: one training for each attack radius.
         recipe: overrides of every method's recipe; ``recipes`` the same for one data set, ``method_recipes`` for one
@@ -46,8 +57,9 @@ class Protocol:
     kind: Literal["grid", "leaderboard"] = "grid"
     scale: str | None = None
     title: str = ""
-    methods: tuple[str, ...] = ()
+    methods: tuple[str | MethodRow, ...] = ()
     attacks: tuple[AttackColumn, ...] = ()
+    measures: tuple[str, ...] = ()
     dataset: str = "digits"
     data_dir: str | None = None
     image_size: int | None = None
@@ -77,6 +89,11 @@ class Protocol:
     def table(self) -> str:
         """Name of its table."""
         return f"{self.name}-{self.scale}" if self.scale else self.name
+
+    @property
+    def rows(self) -> tuple[MethodRow, ...]:
+        """The methods, each as a row."""
+        return tuple(one if isinstance(one, MethodRow) else MethodRow(one) for one in self.methods)
 
 
 def protocol_names() -> list[str]:
@@ -128,6 +145,9 @@ def parse_protocol(content: Mapping[str, Any], name: str, scale: str | None = No
         _check_norm(entry.get("norm", "linf"), owner)
         columns.append(AttackColumn(str(entry["call"]), _radii(entry.get("eps"), owner), entry.get("norm")))
     content["eps"] = _radii(content.get("eps"), f"protocol {name}")
+    if columns and content.get("measures"):
+        raise Refusal("measures", f"protocol {name} has both attacks and measures; make it two protocols")
+    content["methods"] = tuple(_method(entry, f"protocol {name}") for entry in content.get("methods", ()))
     return Protocol(name=name, attacks=tuple(columns), **content)
 
 
@@ -173,6 +193,22 @@ def chosen_scale(scales: Any, asked: str | None, name: str) -> str | None:
     return asked if asked is not None else next(iter(scales), None)
 
 
+def _method(entry: Any, owner: str) -> str | MethodRow:
+    """A call, or a table with a call."""
+    if isinstance(entry, str):
+        return entry
+    if not isinstance(entry, Mapping) or not isinstance(entry.get("call"), str):
+        raise Refusal(
+            "methods",
+            f"{owner}: a method is a text, or a table such as {{ call = 'adv', arch = 'resnet20', members = 1 }}, "
+            f"got {entry!r}",
+        )
+    try:
+        return fill(MethodRow, entry, f"{owner}: method {entry['call']}")
+    except UsageError as error:
+        raise Refusal("methods", str(error)) from error
+
+
 def layered(*recipes: Mapping[str, Any]) -> dict[str, Any]:
     """Recipe settings of which later ones win, those of the inner attack one by one."""
     joined: dict[str, Any] = {}
@@ -200,13 +236,13 @@ def _check_types(content: dict[str, Any], owner: str) -> None:
     hints = typing.get_type_hints(Protocol)
     for key, value in content.items():
         what = f"{owner}: {key}"
-        if key in ("methods", "attacks", "seeds") and not isinstance(value, list):
+        if key in ("methods", "attacks", "measures", "seeds") and not isinstance(value, list):
             raise Refusal(key, f"{what} is {value!r}; expected a list")
         if key in ("recipe", "recipes", "method_recipes"):
             tables = value.values() if key != "recipe" and isinstance(value, Mapping) else [value]
             if not all(isinstance(table, Mapping) for table in tables):
                 raise Refusal(key, f"{what} is {value!r}; expected a table of training settings")
-        elif key not in ("attacks", "eps"):
+        elif key not in ("methods", "attacks", "eps"):
             try:
                 content[key] = convert(value, hints[key], what)
             except UsageError as error:
@@ -256,11 +292,11 @@ def expand(protocol: Protocol) -> tuple[list[Cell], Data]:
     from ensdef.registry import ATTACKS, DATASETS, METHODS
     from ensdef.specs import Cell, Setting, TrainSpec
 
-    methods = [parse_call(call) for call in protocol.methods]
+    methods = [(*parse_call(row.call), row) for row in protocol.rows]
     columns = [(parse_call(column.call), column) for column in protocol.attacks]
     if not methods or not columns or not protocol.seeds:
         raise UsageError(f"protocol {protocol.name} has no {'methods' if not methods else 'attacks or seeds'}")
-    used = [*(name for name, _ in methods), *protocol.method_recipes]
+    used = [*(name for name, _, _ in methods), *protocol.method_recipes]
     for registry, names in ((METHODS, used), (ATTACKS, [call[0] for call, _ in columns])):
         for name in names:
             registry.get(name)
@@ -290,7 +326,8 @@ def expand(protocol: Protocol) -> tuple[list[Cell], Data]:
         recipe["epochs"] = protocol.epochs
         method_recipes = without(method_recipes, {"epochs": protocol.epochs})
     cells: dict[str, Cell] = {}
-    for name, hyper in methods:
+    for name, hyper, row in methods:
+        arch = row.arch or protocol.arch
         for seed in protocol.seeds:
             for (attack, params), column in columns:
                 norm = column.norm or protocol.norm
@@ -298,8 +335,8 @@ def expand(protocol: Protocol) -> tuple[list[Cell], Data]:
                     train_eps = source.eps[protocol.norm] if protocol.train_eps is None else protocol.train_eps
                     setting = Setting(
                         data_spec,
-                        source.architecture if protocol.arch is None else protocol.arch,
-                        protocol.members,
+                        source.architecture if arch is None else arch,
+                        protocol.members if row.members is None else row.members,
                         norm if train_eps == "eps" else protocol.norm,
                         eps if train_eps == "eps" else train_eps,
                         recipe,
@@ -324,23 +361,28 @@ def expand(protocol: Protocol) -> tuple[list[Cell], Data]:
 
 def rehearse_all(cells: list[Cell], data: Data) -> None:
     """Build every defence once and look at its scores, so that a broken one is refused before any training."""
+    from ensdef.keys import content_key
     from ensdef.registry import ATTACKS
     from ensdef.rehearsal import rehearse
     from ensdef.scores import check_scores
     from ensdef.target import Target
 
     x = data.test.x(slice(0, 4))
-    attacks: dict[str, list[AttackSpec]] = {cell.training.key: [] for cell in cells}
+    models: dict[str, ModelSpec] = {}
+    attacks: dict[str, dict[str, AttackSpec]] = {}
     for cell in cells:
-        attacks[cell.training.key].append(cell.attack)
-    for training in {cell.training.key: cell.training for cell in cells}.values():
-        for spec in (training, *training.prerequisites.values()):
-            defense, scores = rehearse(spec.model, x)
-            check_scores(scores, len(x), f"{spec.method}.predict", spec.model.num_classes)
-            if spec is training:
-                for attack in attacks[training.key]:
-                    traits = Target(defense, combiner=attack.combiner).traits(x[:1])
-                    ATTACKS.get(attack.name)(attack.params_object).fits(traits)
+        for spec in (cell.training, *cell.training.prerequisites.values()):
+            key = content_key(dataclasses.asdict(spec.model))  # seeds and recipes change nothing here
+            models[key] = spec.model
+            if spec is cell.training:
+                attacks.setdefault(key, {})[f"{cell.attack.call} on {cell.attack.combiner}"] = cell.attack
+    for key, model in models.items():
+        defense, scores = rehearse(model, x)
+        check_scores(scores, len(x), f"{model.method}.predict", model.num_classes)
+        met = list(attacks.get(key, {}).values())
+        traits = {one: Target(defense, combiner=one).traits(x[:1]) for one in {attack.combiner for attack in met}}
+        for attack in met:
+            ATTACKS.get(attack.name)(attack.params_object).fits(traits[attack.combiner])
 
 
 def with_methods(protocol: Protocol, text: str) -> Protocol:

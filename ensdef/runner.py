@@ -13,6 +13,7 @@ from ensdef.errors import UsageError
 from ensdef.executor import Executor, LocalExecutor
 from ensdef.health.catalogue import TIERS, Tier
 from ensdef.jobs import CellJob, Job, Result, Run, TrainJob, is_trained
+from ensdef.leaderboard import protocols
 from ensdef.parallel import check_training
 from ensdef.progress import Advance, Progress
 from ensdef.records import Record, Store, write_bytes
@@ -162,6 +163,11 @@ class _Driver:
             if cell.key in self.running:
                 continue
             record = find_record(cell, self.run.results, self.run.health)
+            if record is not None and self._foreign(record):
+                if not self.claims.take(cell.key):
+                    continue  # somebody is at this record
+                record = self._adopted(cell)
+                self.claims.release(cell.key)
             if record is not None:
                 self.done[cell.key] = record
                 continue
@@ -172,6 +178,20 @@ class _Driver:
             if job is not None:
                 self.running.add(job.key)
                 self.executor.submit(job)
+
+    def _foreign(self, record: Record) -> bool:
+        """Whether no run of this protocol has met the record yet."""
+        return self.run.protocol is not None and self.run.protocol not in protocols(record)
+
+    def _adopted(self, cell: Cell) -> Record | None:
+        """The finished record of a claimed cell, which from now on is also one of the protocol that is run."""
+        record = find_record(cell, self.run.results, self.run.health)
+        if record is None or not self._foreign(record):
+            return record
+        also = {**record.provenance, "also_in": [*record.provenance.get("also_in", ()), self.run.protocol]}
+        stored = self.store.read(Path(str(record.path))) or record  # its radius as it was written then
+        self.store.write(dataclasses.replace(stored, provenance=also))
+        return dataclasses.replace(record, provenance=also)
 
     def _job(self, cell: Cell) -> Job | None:
         """What has to be done next for a cell; None: it is done.
@@ -185,7 +205,7 @@ class _Driver:
                 return missing
         if not self.claims.take(cell.key):
             raise _Blocked
-        record = find_record(cell, self.run.results, self.run.health)
+        record = self._adopted(cell)
         if record is None:
             failed = next((self.failures[spec.key] for spec in job.needs if spec.key in self.failures), None)
             if failed is None:

@@ -1,18 +1,24 @@
-"""Records to tables: CSV for machines, Markdown for people. A pure function of files; no torch."""
+"""Records to tables: CSV for machines, Markdown for people, LaTeX for papers. A pure function of files; no torch."""
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 from ensdef.errors import UsageError, suggest
 from ensdef.footnotes import Footnotes
+from ensdef.latex import latex_table
+from ensdef.leaderboard_table import leaderboard_files
+from ensdef.measurement import Measurement, read_measurement
 from ensdef.metrics import binomial_stderr
-from ensdef.records import Record, with_outcomes, write_text
+from ensdef.records import Record, write_text
+from ensdef.worst_case import met_together, worst_case, worst_cases
 
+#: What is made of a table's records: a row each, a row a defence with ranks, numbers beside
+#: accuracy, or answers to a paper's cells.
+Kind = Literal["grid", "leaderboard", "measures", "paper"]
 #: Columns of the CSV, numbers as fractions.
 COLUMNS = (
     "method",
@@ -76,52 +82,6 @@ def row(record: Record, results: Path) -> dict[str, Any]:
     }
 
 
-def worst_cases(records: Sequence[Record]) -> list[Record]:
-    """For every model that met several attacks: the images that stay right under all of them."""
-    return [_worst_case(met) for met in _met_together(records)]
-
-
-def _met_together(records: Sequence[Record]) -> list[list[Record]]:
-    """Records of one model on the same images; radius by radius where it was attacked at several of one norm, since
-    there the largest alone would decide.
-    """
-    models: dict[tuple[Any, ...], list[Record]] = {}
-    for record in records:
-        if record.error is None and "key" in record.training:
-            models.setdefault((record.label, record.training["key"], record.combiner), []).append(record)
-    groups: list[list[Record]] = []
-    for met in models.values():
-        radii = {(record.norm, record.eps_value) for record in met}
-        if len({norm for norm, _ in radii}) == len(radii):
-            groups.append(met)
-            continue
-        for radius in sorted(radii, key=str):
-            groups.append([record for record in met if (record.norm, record.eps_value) == radius])
-    return [
-        met
-        for met in groups
-        if len(met) > 1 and all(record.outcomes["ids"] == met[0].outcomes["ids"] for record in met)
-    ]
-
-
-def _worst_case(met: Sequence[Record]) -> Record:
-    robust = [min(images) for images in zip(*(record.outcomes["robust"] for record in met), strict=True)]
-    label = " + ".join(f"{record.attack_label}{f' {record.norm}' if record.norm else ''}" for record in met)
-    cost = {name: sum(getattr(record, name) for record in met) for name in ("seconds", "forwards", "backwards")}
-    one = len({(record.norm, record.eps_value) for record in met}) == 1
-    blank = dataclasses.replace(
-        met[0],
-        attack="worst_case",
-        attack_label=f"worst of {label}",
-        norm=met[0].norm if one else None,
-        eps=met[0].eps if one else None,
-        path=None,
-        flags=[],
-        **cost,
-    )
-    return with_outcomes(blank, met[0].outcomes["ids"], met[0].outcomes["clean"], robust)
-
-
 def csv(records: Sequence[Record], results: Path) -> str:
     """The records as CSV, one a row."""
     import pandas as pd
@@ -138,16 +98,13 @@ def _one_line(value: Any) -> Any:
 
 def markdown(records: Sequence[Record], results: Path, title: str = "") -> str:
     """The records as a Markdown table in percent, footnotes for flags and failures below."""
+    from tabulate import tabulate
+
     notes = Footnotes(records)
+    worst = {id(record): worst_case(met) for met in met_together(records) for record in met}
     text = f"# {title}\n\n" if title else ""
-    worst = {id(record): _worst_case(met) for met in _met_together(records) for record in met}
-    text += _grid(records, results, notes, worst)
-    if worst:
-        text += "\n\nworst %: right under every attack on this model in this table"
-        text += " (at this radius)" if any(record.norm for record in worst.values()) else ""
-        text += ", image by image."
-    text += "\n\nAccuracy in percent ± binomial standard error over n test images."
-    text += "".join(f"\n\n[{index}] {note}" for index, note in enumerate(notes.texts, start=1))
+    text += tabulate(_grid(records, results, notes, worst), headers="keys", tablefmt="github", disable_numparse=True)
+    text += "".join(f"\n\n{paragraph}" for paragraph in _below(notes, worst))
     departures = {(record.method, why): None for record in records for why in record.training.get("deviations", ())}
     if departures:
         text += "\n\nWhere methods depart from their papers or released code:\n"
@@ -155,10 +112,31 @@ def markdown(records: Sequence[Record], results: Path, title: str = "") -> str:
     return text + "\n"
 
 
-def _grid(records: Sequence[Record], results: Path, notes: Footnotes, worst: Mapping[int, Record]) -> str:
-    """The table itself. ``worst`` has worst cases by the id() of a record."""
-    from tabulate import tabulate
+def latex(records: Sequence[Record], results: Path, name: str, title: str = "") -> str:
+    """The records as a LaTeX table, without what only finds or times them; footnotes below."""
+    notes = Footnotes(records)
+    worst = {id(record): worst_case(met) for met in met_together(records) for record in met}
+    rows = [
+        {head: "" if value is None else str(value) for head, value in row.items() if head not in ("time s", "record")}
+        for row in _grid(records, results, notes, worst)
+    ]
+    return latex_table(rows, name=name, title=title, notes=_below(notes, worst))
 
+
+def _below(notes: Footnotes, worst: Mapping[int, Record]) -> list[str]:
+    """Paragraphs below a table."""
+    told = []
+    if worst:
+        radius = " (at this radius)" if any(record.norm for record in worst.values()) else ""
+        told.append(f"worst %: right under every attack on this model in this table{radius}, image by image.")
+    told.append("Accuracy in percent ± binomial standard error over n test images.")
+    return told + [f"[{index}] {note}" for index, note in enumerate(notes.texts, start=1)]
+
+
+def _grid(
+    records: Sequence[Record], results: Path, notes: Footnotes, worst: Mapping[int, Record]
+) -> list[dict[str, Any]]:
+    """The table itself, as printed. ``worst`` has worst cases by the id() of a record."""
     rows = []
     for record in records:
         rows.append(
@@ -178,7 +156,7 @@ def _grid(records: Sequence[Record], results: Path, notes: Footnotes, worst: Map
                 "record": row(record, results)["record"] or "-",
             }
         )
-    return tabulate(rows, headers="keys", tablefmt="github", disable_numparse=True)
+    return rows
 
 
 def _worst_percent(worst: Record | None) -> str:
@@ -214,18 +192,15 @@ class Manifests:
             raise UsageError(suggest("table", name, known) + f" (in {self.results}; `ensdef run` makes them)")
         return found
 
-    def kind(self, name: str) -> str:
-        """``"grid"``, ``"leaderboard"`` or ``"paper"``."""
-        return str(self._content(name).get("kind", "grid"))
-
-    def write(self, name: str, title: str, records: Sequence[Record], *, extend: bool) -> None:
-        """Remember the records of a table; ``extend`` keeps those that were there before."""
+    def write(self, name: str, title: str, records: Sequence[Record], *, extend: bool, kind: Kind = "grid") -> None:
+        """Remember the records of a table and what is made of them; ``extend`` keeps those that were there before."""
         paths = self._read(name)["records"] if extend and name in self.names() else []
         for record in records:
             path = Path(str(record.path)).relative_to(self.results).as_posix()
             if path not in paths:
                 paths.append(path)
-        write_text(self.folder / f"{name}.json", json.dumps({"title": title, "records": paths}, indent=1) + "\n")
+        content = {"title": title, "kind": kind, "records": paths}
+        write_text(self.folder / f"{name}.json", json.dumps(content, indent=1) + "\n")
 
     def read(self, name: str) -> tuple[str, list[Record]]:
         """Title and records of a table.
@@ -242,6 +217,37 @@ class Manifests:
             records.append(Record.from_json(path.read_text(encoding="utf-8"), path))
         return str(content["title"]), records
 
+    def kind(self, name: str) -> Kind:
+        """What is made of a table's records; manifests that do not say so are grids.
+
+        Raises:
+            UsageError: no such table, or of a kind that is not known.
+        """
+        kind: Kind = self._content(name).get("kind", "grid")
+        if kind not in get_args(Kind):
+            expected = ", ".join(get_args(Kind))
+            raise UsageError(f"{self.folder / (name + '.json')} is of kind {kind!r}; expected one of {expected}")
+        return kind
+
+    def write_measurements(self, name: str, title: str, measurements: Sequence[Measurement]) -> None:
+        """Remember the measurements of a table; those that failed have no file."""
+        paths = [Path(str(one.path)).relative_to(self.results).as_posix() for one in measurements if one.path]
+        content = {"title": title, "kind": "measures", "measurements": paths}
+        write_text(self.folder / f"{name}.json", json.dumps(content, indent=1) + "\n")
+
+    def measurements(self, name: str) -> tuple[str, list[Measurement]]:
+        """Title and measurements of a table.
+
+        Raises:
+            UsageError: a measurement is missing or was edited.
+        """
+        content = self._content(name)
+        paths = [self.results / str(path) for path in content.get("measurements", ())]
+        for path in paths:
+            if not path.resolve().is_relative_to(self.results.resolve()):
+                raise UsageError(f"table {name}: measurement {path} is outside {self.results}; run the protocol again")
+        return str(content.get("title", name)), [read_measurement(path) for path in paths]
+
     def _content(self, name: str) -> dict[str, Any]:
         self.of_protocol(name)
         path = self.folder / f"{name}.json"
@@ -256,20 +262,37 @@ class Manifests:
     def _read(self, name: str) -> dict[str, Any]:
         content = self._content(name)
         try:
-            return {"title": str(content["title"]), "records": [str(path) for path in content["records"]]}
+            paths = [str(path) for path in content["records"]]
+            return {"title": str(content["title"]), "records": paths}
         except (KeyError, TypeError) as error:
             raise UsageError(f"{self.folder / (name + '.json')} is no table manifest ({error!r})") from error
 
 
 def build_table(name: str, results: Path) -> dict[str, str]:
-    """The files of a table by name: ``{"x.csv": text, "x.md": text}``, with ``x.worst.csv`` for worst cases."""
-    if Manifests(results).kind(name) == "paper":
+    """The files of a table by name: ``{"x.csv": text, "x.md": text, "x.tex": text}``, of a grid with ``x.worst.csv``
+    for worst cases.
+
+    Raises:
+        UsageError: no such table, a record is missing, or records that do not belong in one leaderboard.
+    """
+    manifests = Manifests(results)
+    if manifests.kind(name) == "paper":
         from ensdef.papers import text
         from ensdef.papers.comparison import compare
 
         return text.files(compare(name, results))
-    title, records = Manifests(results).read(name)
-    files = {f"{name}.csv": csv(records, results), f"{name}.md": markdown(records, results, title)}
+    if manifests.kind(name) == "measures":
+        from ensdef import measure_tables
+
+        return measure_tables.files(name, *manifests.measurements(name), results)
+    title, records = manifests.read(name)
+    if manifests.kind(name) == "leaderboard":
+        return leaderboard_files(name, title, records)
+    files = {
+        f"{name}.csv": csv(records, results),
+        f"{name}.md": markdown(records, results, title),
+        f"{name}.tex": latex(records, results, name, title),
+    }
     if worst := worst_cases(records):
         files[f"{name}.worst.csv"] = csv(worst, results)
     return files

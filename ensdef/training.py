@@ -24,6 +24,7 @@ from ensdef.footnotes import flag_note
 from ensdef.launch import launch
 from ensdef.losses import cross_entropy
 from ensdef.parallel import Share, check_devices, check_training, share_batch_norm
+from ensdef.peak import begin_peak, peak
 from ensdef.progress import Progress
 from ensdef.recipe import Recipe, parse_train_eps
 from ensdef.registry import METHODS
@@ -136,6 +137,7 @@ def _train(
     progress: Progress,
 ) -> tuple[EnsembleDefense, dict[str, Any]]:
     """The trained defence, in eval mode on the CPU, and the report; of several processes, the first one's counts."""
+    begin_peak(fabric.device.type)
     with torch.random.fork_rng(enabled=share.alone):
         torch.manual_seed(spec.setting.seed)  # for dropout, which draws from the global state
         defense = build_defense(spec.model, spec.setting.seed)
@@ -168,6 +170,7 @@ def _train(
                 last_good = _snapshot(defense)
         if best is not None:
             defense.load_state_dict(best[1])
+        memory = peak(fabric.device.type)
         health = _examine(loop) if share.rank == 0 else []
     defense.lend(None)
     defense.to("cpu", memory_format=torch.contiguous_format)  # type: ignore[call-overload]
@@ -177,6 +180,7 @@ def _train(
         "images_seen": loop.recipe.epochs * min(len(loop.train), loop.steps_per_epoch * loop.recipe.batch_size),
         "device": str(fabric.device),
         "devices": share.count,
+        "peak_memory_mb": round(memory / 2**20, 1) or None,
         **({"batch_norm": batch_norm} if batch_norm else {}),
         "health": health,
     }

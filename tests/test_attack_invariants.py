@@ -31,6 +31,7 @@ EXEMPT: dict[tuple[str, str], str] = {
 ELSEWHERE = {
     "sgm": "needs residual branches: test_gradient_attacks.py",
     "none": "breaks nothing: test_none.py",
+    "suite": "runs others of this list: test_suite.py",
     **dict.fromkeys(("transfer", "transfer3", "transfer30"), "crafts on other models: test_transfer.py"),
 }
 #: Budgets in the place of the attack's own.

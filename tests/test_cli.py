@@ -727,14 +727,47 @@ def test_run_overrides_samples_and_seeds_of_a_protocol(protocol: Path, tmp_path:
     assert {cell["seed"] for cell in cells} == {"1", "2"}
 
 
+def recipes_of_a_bench() -> str:
+    default = resources.files("ensdef.benchmarks").joinpath("default.toml").read_text(encoding="utf-8")
+    return default[default.index("[recipes.digits]") :]
+
+
 def test_a_cell_of_a_bench_is_done_for_a_protocol_too(protocol: Path, tmp_path: Path) -> None:
     results = tmp_path / "results"
     done("bench", "--method", "nat", "--attack", "fgsm", *SMALL, "--results", results)
-    default = resources.files("ensdef.benchmarks").joinpath("default.toml").read_text(encoding="utf-8")
-    recipes = default[default.index("[recipes.digits]") :]
-    protocol.write_text(PROTOCOL + recipes, encoding="utf-8")
+    protocol.write_text(PROTOCOL + recipes_of_a_bench(), encoding="utf-8")
     cells = plan_of("run", protocol, "--results", results)
     assert [cell["state"] for cell in cells] == ["done", "attack", "train and attack", "train and attack"]
+
+
+LEADERBOARD = PROTOCOL.replace("version = 3", 'version = 3\nkind = "leaderboard"').replace(', eps = "0.1"', "")
+
+
+def test_a_leaderboard_takes_what_a_bench_made_is_printed_with_ranks_and_rebuilt_from_its_records(
+    protocol: Path, tmp_path: Path
+) -> None:
+    protocol.write_text(LEADERBOARD + recipes_of_a_bench(), encoding="utf-8")
+    results = tmp_path / "results"
+    done("bench", "--method", "nat", "--attack", "fgsm", *SMALL, "--results", results)
+    out = done("run", protocol, "--results", results, "--device", "cpu").stdout
+    assert out.startswith("# Two by two\n\n| rank ")
+    assert "parameters (k)" in out
+    tables = files(results / "tables")
+    assert {"mine.csv", "mine.md", "mine.tex"} <= set(tables)
+    done("table", "mine", "--results", results)
+    assert files(results / "tables") == tables
+
+
+def test_a_leaderboard_changed_on_the_command_line_is_none_where_it_met_records_of_a_protocol(
+    protocol: Path, tmp_path: Path
+) -> None:
+    protocol.write_text(LEADERBOARD, encoding="utf-8")
+    options = (protocol, "--results", tmp_path / "results", "--device", "cpu")
+    assert "| rank " in done("run", *options, "--samples", "10").stdout, "all records are of no protocol"
+    done("run", *options)
+    changed = done("run", *options, "--seed", "0,1")
+    assert "| rank " not in changed.stdout
+    assert "a grid in place of the leaderboard: mine was changed on the command line" in changed.stderr
 
 
 # --- table ----------------------------------------------------------------------------------------
@@ -752,7 +785,7 @@ def test_table_rebuilds_a_table_from_records_alone_to_the_byte(copied: Path) -> 
 def test_table_all_rebuilds_every_table_to_the_byte(protocol: Path, copied: Path) -> None:
     done("run", protocol, "--results", copied, "--device", "cpu")
     tables = files(copied / "tables")
-    assert set(tables) == {"bench.csv", "bench.md", "mine.csv", "mine.md"}
+    assert set(tables) == {f"{name}.{kind}" for name in ("bench", "mine") for kind in ("csv", "md", "tex")}
     shutil.rmtree(copied / "tables")
     done("table", "--all", "--results", copied)
     assert files(copied / "tables") == tables

@@ -314,6 +314,11 @@ class Params:
 
 
 @dataclass(frozen=True)
+class Calls:
+    calls: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
 class NoParams:
     pass
 
@@ -366,6 +371,17 @@ def test_a_text_is_read_as_the_type_of_its_field(key: str, text: str, value: Any
 )
 def test_a_value_of_the_right_type_is_kept(key: str, value: Any) -> None:
     assert getattr(fill(Params, {key: value}, "toy"), key) == value
+
+
+def test_lists_inside_the_brackets_of_a_list_of_calls_are_theirs() -> None:
+    text = "pgd[steps=2] + transfer[members=3+5,losses=ce+margin]"
+    assert fill(Calls, {"calls": text}, "toy").calls == ("pgd[steps=2]", "transfer[members=3+5,losses=ce+margin]")
+
+
+@pytest.mark.parametrize("text", ["pgd[steps=2+mim", "pgd]+mim"])
+def test_a_list_of_calls_with_brackets_that_do_not_match_is_refused(text: str) -> None:
+    with pytest.raises(UsageError, match="bracket"):
+        fill(Calls, {"calls": text}, "toy")
 
 
 def test_a_list_is_taken_for_a_tuple() -> None:

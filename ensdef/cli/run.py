@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from ensdef.measurement import Measurement
     from ensdef.records import Record
     from ensdef.specs import Cell
+    from ensdef.tables import Kind
 
 
 @cli.command()
@@ -117,11 +118,14 @@ def _overlay(protocol: Protocol, given: dict[str, Any], seed: str | None) -> Pro
 def _go(protocol: Protocol, table: str, protocol_id: str | None, options: RunOptions) -> None:
     """Plan, run and report a grid."""
     _prepare(options)
+    if protocol.measures:
+        _measures(protocol, table, protocol_id, options)
+        return
     cells, _ = plan(protocol)
     records = _run(cells, protocol_id, options)
     if records is None:
         return
-    _report(records, protocol, table, options.results, options.as_json)
+    _report(records, protocol, protocol_id, table, options.results, options.as_json)
     if any(record.error for record in records):
         sys.exit(1)
 
@@ -142,13 +146,42 @@ def _replicate(table: PaperTable, protocol_id: str | None, options: RunOptions) 
     with one_at_a_time(options.results, "tables"):
         write_manifest(replication, options.results, records, measurements)
         paths = write_table(table.table, options.results, options.results / "tables")
-    markdown = next(path for path in paths if path.suffix == ".md")
-    click.echo(markdown.read_text(encoding="utf-8"), err=options.as_json)
-    click.echo(f"tables: {', '.join(map(str, paths))}", err=options.as_json)
+    _show(paths, options)
     if options.as_json:
         click.echo(json.dumps([record.summary() for record in records], indent=1))
     if any(record.error for record in records) or any(one.error for one in measurements):
         sys.exit(1)
+
+
+def _measures(protocol: Protocol, table: str, protocol_id: str | None, options: RunOptions) -> None:
+    """Plan, make and report measurements."""
+    from ensdef.claims import one_at_a_time
+    from ensdef.measuring import check_measurable, plan_measurements
+    from ensdef.tables import Manifests, write_table
+
+    specs = plan_measurements(protocol, protocol.measures)
+    if options.dry_run:
+        click.echo("\n".join(f"measure {spec.label}" for spec in specs), err=options.as_json)
+        return
+    check_measurable(specs)
+    made = _measure(specs, protocol_id, options)
+    with one_at_a_time(options.results, "tables"):
+        Manifests(options.results).write_measurements(table, protocol.title, made)
+        paths = write_table(table, options.results, options.results / "tables")
+    _show(paths, options)
+    if options.as_json:
+        click.echo(json.dumps([one.summary() for one in made], indent=1))
+    if failed := [one for one in made if one.error]:
+        for one in failed:
+            click.echo(f"failed: {one.call} of {one.label}: {one.error}", err=True)
+        sys.exit(1)
+
+
+def _show(paths: list[Path], options: RunOptions) -> None:
+    """The table as Markdown, and where it and its siblings lie."""
+    markdown = next(path for path in paths if path.suffix == ".md")
+    click.echo(markdown.read_text(encoding="utf-8"), err=options.as_json)
+    click.echo(f"tables: {', '.join(map(str, paths))}", err=options.as_json)
 
 
 def _prepare(options: RunOptions) -> None:
@@ -185,19 +218,37 @@ def _measure(specs: list[MeasureSpec], protocol_id: str | None, options: RunOpti
         return measure_all(specs, options.run(protocol_id), ConsoleProgress())
 
 
-def _report(records: list[Record], protocol: Protocol, table: str, results: Path, as_json: bool) -> None:
+def _report(
+    records: list[Record], protocol: Protocol, protocol_id: str | None, table: str, results: Path, as_json: bool
+) -> None:
     from ensdef.claims import one_at_a_time
-    from ensdef.tables import Manifests, markdown, write_table
+    from ensdef.tables import Manifests, build_table, markdown, write_table
 
     with one_at_a_time(results, "tables"):
         # a bench adds to what was benched before; a protocol's table is the protocol's cells and no others
         title = protocol.title if table != "bench" else "Bench"
-        Manifests(results).write(table, title, records, extend=table == "bench")
+        kind = _kind(protocol, protocol_id, records)
+        Manifests(results).write(table, title, records, extend=table == "bench", kind=kind)
         paths = write_table(table, results, results / "tables")
-    click.echo(markdown(records, results), err=as_json)
+        text = build_table(table, results)[f"{table}.md"] if kind == "leaderboard" else markdown(records, results)
+    click.echo(text, err=as_json)
     click.echo(f"tables: {', '.join(map(str, paths))}; records: {results / 'records'}", err=as_json)
     if as_json:
         click.echo(json.dumps([record.summary() for record in records], indent=1))
+
+
+def _kind(protocol: Protocol, protocol_id: str | None, records: list[Record]) -> Kind:
+    """What is made of the records: no leaderboard where a changed protocol met records of another."""
+    from ensdef.leaderboard import protocols
+
+    if protocol.kind == "leaderboard" and protocol_id is None and any(map(protocols, records)):
+        click.echo(
+            f"a grid in place of the leaderboard: {protocol.name} was changed on the command line, and some records "
+            "are those of a protocol; give the changed run a --results folder of its own",
+            err=True,
+        )
+        return "grid"
+    return protocol.kind
 
 
 def _print_plan(cells: list[Cell], where: str, options: RunOptions) -> None:
