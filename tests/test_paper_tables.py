@@ -21,7 +21,7 @@ from ensdef.papers.comparison import Comparison, compare, ranks
 from ensdef.papers.paper_table import PaperTable, is_paper_table, paper_table_of, parse_paper_table
 from ensdef.papers.published import PublishedCell, published, published_table
 from ensdef.papers.text import csv, latex, markdown
-from ensdef.protocol import protocol_names
+from ensdef.protocol import load_protocol, protocol_names
 from ensdef.protocol_file import ProtocolFile, Refusal, read_protocol_file
 from ensdef.records import Record, Store, with_outcomes
 from ensdef.registry import MEASUREMENTS, METHODS
@@ -488,3 +488,41 @@ def test_a_table_parsed_from_a_mapping_raises_the_key_it_is_about() -> None:
     with pytest.raises(Refusal) as caught:
         parse_paper_table({"title": "x", "published": "soe-appendix/table2", "rows": {}, "columns": []}, "mine")
     assert caught.value.key == "scales"
+
+
+# -- protocols of measurements and of figures -------------------------------------------------------------------
+
+
+def test_a_protocol_of_measurements_keeps_their_table_and_rebuilds_it_from_files(tmp_path: Path) -> None:
+    results = tmp_path / "results"
+    ran = CliRunner().invoke(cli, ["run", "igat_toy", "--results", str(results), "--device", "cpu"])
+    assert ran.exit_code == 0, ran.output
+    written = {file.name: file.read_text() for file in (results / "tables").iterdir()}
+    assert set(written) == {"igat_toy.csv", "igat_toy.md", "igat_toy.tex"}
+    again = CliRunner().invoke(cli, ["table", "igat_toy", "--results", str(results)])
+    assert again.exit_code == 0, again.output
+    assert {file.name: file.read_text() for file in (results / "tables").iterdir()} == written
+    (stored,) = (results / "measurements").rglob("*.json")
+    stored.write_text(stored.read_text().replace("0.5", "0.25", 1))
+    refused = CliRunner().invoke(cli, ["table", "igat_toy", "--results", str(results)])
+    assert refused.exit_code == 2
+    assert "edited since it was measured" in refused.output
+
+
+def test_a_protocol_has_attacks_or_measures(tmp_path: Path) -> None:
+    path = tmp_path / "both.toml"
+    path.write_text('methods = ["nat"]\nattacks = ["pgd"]\nmeasures = ["training_cost"]\n', encoding="utf-8")
+    with pytest.raises(UsageError, match=r"both\.toml, line 3: protocol both has both attacks and measures"):
+        load_protocol(str(path))
+
+
+def test_a_grid_at_a_scale_is_on_the_scales_data_networks_and_radii() -> None:
+    smoke, paper = load_protocol("soe_phases", "smoke"), load_protocol("soe_phases", "paper")
+    assert (smoke.dataset, smoke.arch, smoke.scale) == ("digits", "small_resnet", "smoke")
+    assert (paper.dataset, paper.arch, paper.scale) == ("cifar10", "resnet20", "paper")
+    assert smoke.eps is not None
+    assert smoke.eps[:3] == ("1/15", "2/15", "0.2")
+    assert paper.eps == ("0.01", "0.02", "0.03", "0.04", "0.05", "0.06", "0.07")
+    assert smoke.id == "soe_phases-v1-smoke"
+    assert smoke.table == "soe_phases-smoke"
+    assert load_protocol("soe_members", "smoke").train_eps == "0.2"
