@@ -13,8 +13,10 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
+import ensdef
 from ensdef.attack_spec import AttackSpec
 from ensdef.cli import cli, inspect, run  # noqa: F401 - they add their commands
+from ensdef.cost import multiplications
 from ensdef.errors import UsageError
 from ensdef.notation import fill, parse_call
 from ensdef.papers.comparison import Comparison, compare, ranks
@@ -526,3 +528,16 @@ def test_a_grid_at_a_scale_is_on_the_scales_data_networks_and_radii() -> None:
     assert smoke.id == "soe_phases-v1-smoke"
     assert smoke.table == "soe_phases-smoke"
     assert load_protocol("soe_members", "smoke").train_eps == "0.2"
+
+
+@pytest.mark.parametrize("scale", SCALES)
+def test_the_leaderboards_large_network_costs_what_three_members_cost(scale: str) -> None:
+    board = load_protocol("leaderboard", scale)
+    (large,) = [row for row in board.rows if row.arch is not None]
+    shape = (1, 8, 8) if scale == "smoke" else (3, 32, 32)
+
+    def cost(architecture: str) -> int:
+        defense = ensdef.create_defense("nat", architecture=architecture, members=1, num_classes=10, image_shape=shape)
+        return multiplications(defense.members[0], shape)
+
+    assert cost(str(large.arch)) / (3 * cost(str(board.arch))) == pytest.approx(1.0, abs=0.1)
