@@ -19,7 +19,8 @@ from ensdef.cli import cli, inspect, run  # noqa: F401 - they add their commands
 from ensdef.cost import multiplications
 from ensdef.errors import UsageError
 from ensdef.notation import fill, parse_call
-from ensdef.papers.comparison import Comparison, compare, ranks
+from ensdef.papers.comparison import Comparison, Entry, compare
+from ensdef.papers.orderings import Orderings, orderings
 from ensdef.papers.paper_table import PaperTable, is_paper_table, paper_table_of, parse_paper_table
 from ensdef.papers.published import PublishedCell, published, published_table
 from ensdef.papers.text import csv, latex, markdown
@@ -415,12 +416,37 @@ def test_the_latex_table_escapes_names_and_keeps_the_papers_bold(tmp_path: Path)
     assert r"60.0 $\pm$ 15.5 (65.0)" in text
 
 
-def test_the_rank_correlation_is_spearmans_over_answered_cells(tmp_path: Path) -> None:
+def two_rows(tmp_path: Path, ours: tuple[list[int], list[int]]) -> tuple[Entry, ...]:
+    """Two cells of one column, the paper's 88.3 and 89.5 at depth 8, answered with these outcomes."""
+    entries = [entry for entry in answered(tmp_path).entries if entry.cell.architecture == "resnet8"][:2]
+    assert [entry.cell.value for entry in entries] == ["88.3", "89.5"]
+    filled = []
+    for entry, right in zip(entries, ours, strict=True):
+        made = with_outcomes(record(1, len(right)), list(range(len(right))), right, right)
+        assert made.robust_accuracy is not None
+        filled.append(dataclasses.replace(entry, ours=100 * made.robust_accuracy, records=(made,), n=len(right)))
+    return tuple(filled)
+
+
+@pytest.mark.parametrize(
+    ("ours", "expected"),
+    [
+        (([0] * 6 + [1] * 4, [1] * 10), Orderings(1, 0, 0)),  # 6 images to none: p = 1/32
+        (([1] * 10, [0] * 6 + [1] * 4), Orderings(0, 1, 0)),
+        (([0] * 5 + [1] * 5, [1] * 10), Orderings(0, 0, 1)),  # 5 to none: p = 1/16
+        (([1] * 10, [1] * 10), Orderings(0, 0, 1)),
+    ],
+)
+def test_an_order_of_rows_counts_as_ours_only_if_a_paired_test_tells_them_apart(
+    ours: tuple[list[int], list[int]], expected: Orderings, tmp_path: Path
+) -> None:
+    assert orderings(two_rows(tmp_path, ours)) == expected
+
+
+def test_rows_are_compared_within_a_column_alone(tmp_path: Path) -> None:
     entries = answered(tmp_path).entries
-    assert ranks(entries[:2]) is None
-    assert ranks([dataclasses.replace(entry, ours=entry.cell.number) for entry in entries]) == pytest.approx(1.0)
-    opposed = [dataclasses.replace(entry, ours=-float(entry.cell.value)) for entry in entries]
-    assert ranks(opposed) == pytest.approx(-1.0)
+    assert orderings(entries).pairs == 4  # single against ensemble at four depths; gains are not compared
+    assert orderings([entry for entry in entries if entry.cell.method == "single"]).pairs == 0
 
 
 # -- the command line -------------------------------------------------------------------------------------------

@@ -29,6 +29,7 @@ class Entry:
         stderr: of ``ours``: over images, binomial for accuracies; None where the number has none.
         n: images, over all training seeds.
         records, measurements: where the number is from.
+        derived: it follows from two models, as a gain does.
     """
 
     cell: PublishedCell
@@ -38,6 +39,12 @@ class Entry:
     note: str
     records: tuple[Record, ...] = ()
     measurements: tuple[Measurement, ...] = ()
+    derived: bool = False
+
+    @property
+    def outcomes(self) -> list[list[int]]:
+        """Of every image, by training seed; empty for a number that is no accuracy of one model."""
+        return [] if self.derived else [record.outcomes["robust"] for record in self.records]
 
     @property
     def difference(self) -> float | None:
@@ -151,7 +158,7 @@ def _entry(
             mean = mean - reference
         stderr = None
     scaled = None if stderr is None else factor * stderr
-    return Entry(cell, factor * mean, scaled, n, "", records, measurements)
+    return Entry(cell, factor * mean, scaled, n, "", records, measurements, derived=bool(references))
 
 
 def _read(path: str, results: Path, read: dict[str, Record | Measurement]) -> Record | Measurement:
@@ -188,16 +195,3 @@ def _stderr(sources: Sequence[Record | Measurement], value: str) -> float | None
     if any(error is None for error in errors):
         return None
     return math.sqrt(sum(error**2 for error in errors if error is not None)) / len(errors)
-
-
-def ranks(entries: Sequence[Entry]) -> float | None:
-    """Spearman's correlation of our numbers with the paper's over a set of cells; None below three or if one side is
-    constant.
-    """
-    from scipy.stats import spearmanr
-
-    pairs = [(entry.cell.number, entry.ours) for entry in entries if entry.difference is not None]
-    if len(pairs) < 3 or any(len({pair[side] for pair in pairs}) == 1 for side in (0, 1)):
-        return None
-    theirs, ours = zip(*pairs, strict=True)
-    return float(spearmanr(theirs, ours).statistic)

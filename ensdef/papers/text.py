@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
-from ensdef.papers.comparison import Comparison, Entry, ranks
-from ensdef.papers.published import PublishedCell
-
-#: Fields that may tell rows apart, and columns. Of the rows' those are shown that are needed.
-ROW_FIELDS = ("method", "variant", "members", "combiner", "dataset")
-COLUMN_FIELDS = ("architecture", "attack", "attack_params", "norm", "eps", "metric")
+from ensdef.papers.comparison import Comparison, Entry
+from ensdef.papers.layout import COLUMN_FIELDS, ROW_FIELDS, column_title, key, telling, varying
+from ensdef.papers.orderings import orderings
 
 
 def files(comparison: Comparison) -> dict[str, str]:
@@ -54,7 +51,9 @@ def markdown(comparison: Comparison) -> str:
 
     notes = _Notes()
     header, body = _grid(comparison, lambda entry: _cell_text(entry, notes))
-    text = f"# {comparison.title}\n\nScale {comparison.scale}: {comparison.scale_title}.\n\n"
+    images = sorted({entry.n for entry in comparison.entries if entry.n is not None})
+    count = f" n = {' to '.join(map(str, dict.fromkeys((images[0], images[-1]))))} images." if images else ""
+    text = f"# {comparison.title}\n\nScale {comparison.scale}: {comparison.scale_title}.{count}\n\n"
     text += tabulate(body, headers=header, tablefmt="github", disable_numparse=True)
     text += "\n\nEach cell: ours ± standard error (published). " + _agreement(comparison)
     text += "".join(f"\n\n[{number}] {note}" for number, note in enumerate(notes.texts, start=1))
@@ -94,55 +93,18 @@ class _Notes:
 def _grid(comparison: Comparison, show: Callable[[Entry], str]) -> tuple[list[str], list[list[str]]]:
     """Header and rows of the paper's layout: rows are models, columns what they met."""
     cells = [entry.cell for entry in comparison.entries]
-    row_fields, column_fields = _telling(cells, ROW_FIELDS), _varying(cells, COLUMN_FIELDS)
-    columns = list(dict.fromkeys(_key(cell, column_fields) for cell in cells))
+    row_fields, column_fields = telling(cells, ROW_FIELDS), varying(cells, COLUMN_FIELDS)
+    columns = list(dict.fromkeys(key(cell, column_fields) for cell in cells))
     rows: dict[tuple[str, ...], dict[tuple[str, ...], str]] = {}
     for entry in comparison.entries:
-        row = rows.setdefault(_key(entry.cell, row_fields), {})
-        row[_key(entry.cell, column_fields)] = show(entry)
-    header = [*row_fields, *(_column_title(column, column_fields, cells) for column in columns)]
+        row = rows.setdefault(key(entry.cell, row_fields), {})
+        row[key(entry.cell, column_fields)] = show(entry)
+    header = [*row_fields, *(column_title(column, column_fields, cells) for column in columns)]
     return header, [[*labels, *(row.get(column, "") for column in columns)] for labels, row in rows.items()]
 
 
 def _labels(comparison: Comparison) -> int:
-    return len(_telling([entry.cell for entry in comparison.entries], ROW_FIELDS))
-
-
-def _telling(cells: Sequence[PublishedCell], names: Sequence[str]) -> list[str]:
-    """The first of the names, and those that tell apart what the ones before them do not."""
-    found = [names[0]]
-    for name in names[1:]:
-        if len({_key(cell, [*found, name]) for cell in cells}) > len({_key(cell, found) for cell in cells}):
-            found.append(name)
-    return found
-
-
-def _varying(cells: Sequence[PublishedCell], names: Sequence[str]) -> list[str]:
-    return [name for name in names if len({getattr(cell, name) for cell in cells}) > 1] or [names[-1]]
-
-
-def _key(cell: PublishedCell, names: Sequence[str]) -> tuple[str, ...]:
-    return tuple(getattr(cell, name) for name in names)
-
-
-def _column_title(column: tuple[str, ...], names: Sequence[str], cells: Sequence[PublishedCell]) -> str:
-    """What tells a column from the others: conditions that all cells share are left out."""
-    shown = []
-    for name, value in zip(names, column, strict=True):
-        if name == "attack_params":
-            value = " ".join(part for part in value.split(";") if part and _tells(part, column, names, cells))
-        if name == "metric" and value in ("accuracy", "robust_accuracy") and "attack" in names:
-            continue
-        if value:
-            shown.append("clean" if (name, value) == ("attack", "none") else value)
-    return " ".join(shown) or "clean"
-
-
-def _tells(part: str, column: tuple[str, ...], names: Sequence[str], cells: Sequence[PublishedCell]) -> bool:
-    """Whether a condition differs among the columns of one attack."""
-    attack = column[names.index("attack")] if "attack" in names else None
-    same = [cell for cell in cells if attack is None or cell.attack == attack]
-    return any(part not in cell.attack_params.split(";") for cell in same)
+    return len(telling([entry.cell for entry in comparison.entries], ROW_FIELDS))
 
 
 def _cell_text(entry: Entry, notes: _Notes) -> str:
@@ -167,10 +129,17 @@ def _shown(entry: Entry) -> str:
 
 
 def _agreement(comparison: Comparison) -> str:
-    correlation = ranks(comparison.entries)
+    """How many cells have an answer, and how far the order of rows is the paper's."""
     answered = sum(entry.ours is not None for entry in comparison.entries)
-    told = f"{answered} of {len(comparison.entries)} cells answered"
-    return f"{told}; rank correlation with the paper {correlation:.2f}." if correlation is not None else f"{told}."
+    told = f"{answered} of {len(comparison.entries)} cells answered."
+    found = orderings(comparison.entries)
+    if found.pairs:
+        told += (
+            f" Of {found.pairs} pairs of rows that a column of the paper orders, ours are ordered the same way in "
+            f"{found.same}, the other way in {found.opposite}, and not told apart in {found.undecided} (paired test, "
+            "5 % for each pair)."
+        )
+    return told
 
 
 def _files(entry: Entry) -> list[str]:
