@@ -47,7 +47,7 @@ def cli() -> None:
 
 def main() -> None:
     """Entry point of the ``ensdef`` command."""
-    from ensdef.cli import explain, inspect, plugins, run  # noqa: F401 - the modules add their commands
+    from ensdef.cli import explain, inspect, plugins, report, run  # noqa: F401 - the modules add their commands
 
     try:
         cli(prog_name="ensdef")
