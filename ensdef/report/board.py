@@ -127,10 +127,7 @@ def _row(
     if "worst case" in shown:
         cells.append(_accuracy(standing.worst, behind))
     if "rank" in shown:
-        first, last = standing.ranks or (None, None)
-        cells.append(
-            Cell("–", None) if first is None else Cell(f"{first}" if first == last else f"{first}–{last}", first)
-        )
+        cells.append(_rank(standing.ranks))
     for name in costs:
         value = _cost(standing.costs, name)
         cells.append(Cell("–", None) if value is None else Cell(_amount(value), value))
@@ -161,6 +158,13 @@ def _attacked(estimate: Estimate | None, met: Sequence[Record], positions: Mappi
         return _accuracy(estimate, behind)
     failed = any(record.error is not None for record in met)
     return Cell("–", None, "", behind, "failed" if failed else "")
+
+
+def _rank(ranks: tuple[int, int] | None) -> Cell:
+    if ranks is None:
+        return Cell("–", None)
+    first, last = ranks
+    return Cell(f"{first}" if first == last else f"{first}–{last}", first)
 
 
 def _badges(records: Sequence[Record]) -> tuple[Badge, ...]:

@@ -23,7 +23,7 @@ from ensdef.report.drawers import drawer, measurement_drawer
 from ensdef.report.figure import CONFIG, Figure
 from ensdef.report.gathering import Gathered, ResultsTable, gather
 from ensdef.report.library import chart_library, embeddable
-from ensdef.report.replication import Paper, papers
+from ensdef.report.replication import papers
 from ensdef.report.standings import Standing, standings
 from ensdef.report.tradeoffs import tradeoffs
 from ensdef.report.transfer import between_members, transfers
@@ -146,7 +146,7 @@ def _flags(records: Sequence[Record]) -> list[dict[str, Any]]:
 
 
 def _data(figures: Sequence[Figure], sources: Sequence[Record | Measurement], results: Path) -> dict[str, Any]:
-    """What the script needs: specifications by figure, and drawers; groups of values that several share are there once."""
+    """What the script needs: specifications by figure, and drawers; a group of values that several share is there once."""
     groups: dict[str, int] = {}
     contents: list[Any] = []
     drawers = []
@@ -171,7 +171,8 @@ def _policy(styles: Sequence[str], scripts: Sequence[str]) -> str:
     """A content security policy under which nothing runs, and nothing is fetched, but what we wrote into the page."""
     style = " ".join(map(_source, styles))
     script = " ".join(map(_source, scripts))
-    return f"default-src 'none'; style-src {style}; script-src {script}; img-src data:; base-uri 'none'; form-action 'none'"
+    ours = f"style-src {style}; script-src {script}; img-src data:"
+    return f"default-src 'none'; {ours}; base-uri 'none'; form-action 'none'"
 
 
 def _source(text: str) -> str:

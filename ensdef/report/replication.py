@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from ensdef.papers.comparison import Comparison, Entry
     from ensdef.papers.published import PublishedCell
 
-#: Fields of a published cell that tell rows apart, and their headings; those that are the same in all rows are told once.
+#: Fields of a published cell that tell rows apart, and their headings; one that is the same in all rows is told once.
 _FIELDS = {
     "dataset": "data",
     "architecture": "architecture",
@@ -85,9 +85,7 @@ def _table(comparison: Comparison, positions: Mapping[str, int]) -> ReplicatedTa
     values = {field: {str(getattr(entry.cell, field) or "") for entry in entries} for field in _FIELDS}
     varying = [field for field in _FIELDS if len(values[field]) > 1]
     constant = [
-        f"{_FIELDS[field]} {next(iter(values[field]))}"
-        for field in _FIELDS
-        if values[field] - {""} and field not in varying
+        f"{_FIELDS[field]} {value}" for field, found in values.items() if len(found) == 1 for value in found if value
     ]
     done = sum(entry.ours is not None for entry in entries)
     told = [f"{done} of {len(entries)} numbers replicated"]
@@ -180,9 +178,7 @@ def _scatter(identifier: str, name: str, comparisons: Sequence[Comparison]) -> t
             },
         ],
     )
-    rows = tuple(
-        (str(point["method"]), str(point["what"]), str(point["told_published"]), str(point["told_ours"]))
-        for point in points
-    )
+    shown = ("method", "what", "told_published", "told_ours")
+    rows = tuple(tuple(str(point[name]) for name in shown) for point in points)
     headings = ("defence", "measured", "published", "ours")
     return (Figure(f"{identifier}-scatter", f"{name}: published against ours", note, summary, spec, headings, rows),)

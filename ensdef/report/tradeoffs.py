@@ -9,6 +9,9 @@ from ensdef.report.figure import Figure, chart, percentage, quantity, rounded, t
 from ensdef.report.standings import Standing, model_names
 
 
+_TRAINED = ("trained on adversarial images", "trained on clean images")
+
+
 def tradeoffs(name: str, ranked: Sequence[Standing]) -> list[Figure]:
     """The worst case against what it costs: clean accuracy, and training where records tell."""
     figures = []
@@ -33,7 +36,7 @@ def _tradeoff(
             "worst": rounded(row.worst.mean),
             "low": max(rounded(row.worst.mean - row.worst.stderr), 0.0),
             "high": min(rounded(row.worst.mean + row.worst.stderr), 100.0),
-            "trained": "on adversarial images" if _adversarial(row) else "on clean images",
+            "trained": _TRAINED[0] if _adversarial(row) else _TRAINED[1],
             "told": f"{percent(row.worst.mean)} ± {percent(row.worst.stderr)} %",
             "told_cost": f"{cost:,.4g}",
         }
@@ -61,7 +64,7 @@ def _tradeoff(
             "type": "nominal",
             "title": None,
             "scale": {
-                "domain": ["on adversarial images", "on clean images"],
+                "domain": list(_TRAINED),
                 "range": ["var(--series-1)", "var(--series-2)"],
             },
         },
@@ -84,7 +87,7 @@ def _tradeoff(
                         "type": "nominal",
                         "title": None,
                         "scale": {
-                            "domain": ["on adversarial images", "on clean images"],
+                            "domain": list(_TRAINED),
                             "range": ["circle", "square"],
                         },
                     },
