@@ -146,7 +146,7 @@ def _flags(records: Sequence[Record]) -> list[dict[str, Any]]:
 
 
 def _data(figures: Sequence[Figure], sources: Sequence[Record | Measurement], results: Path) -> dict[str, Any]:
-    """What the script needs: specifications by figure, and drawers; a group of values that several share is there once."""
+    """What the script needs: specifications by figure, and drawers, in which shared groups of values are numbers."""
     groups: dict[str, int] = {}
     contents: list[Any] = []
     drawers = []

@@ -8,7 +8,6 @@ from ensdef.report.drawers import percent
 from ensdef.report.figure import Figure, chart, percentage, quantity, rounded, tooltip
 from ensdef.report.standings import Standing, model_names
 
-
 _TRAINED = ("trained on adversarial images", "trained on clean images")
 
 
