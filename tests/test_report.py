@@ -242,17 +242,19 @@ def test_transferability_between_members_is_averaged_over_seeds() -> None:
     assert figure.rows == (("cce, digits, small_resnet, transferability, linf eps 0.2", "T", "30.0 %"),)
 
 
-def test_the_models_named_in_a_tradeoff_are_those_that_none_beats_in_both() -> None:
+def test_the_models_numbered_in_a_tradeoff_are_those_that_none_beats_in_both() -> None:
     made = [
         record("careful", (1, 1, 0, 0), (1, 1, 0, 0)),
+        record("equal", (1, 1, 0, 0), (1, 1, 0, 0)),
         record("beaten", (1, 0, 0, 0), (1, 1, 0, 0)),
         record("open", (0, 0, 0, 0), (1, 1, 1, 1)),
     ]
     (figure,) = tradeoffs(
         "t", [dataclasses.replace(row, worst=row.robust["pgd linf eps 0.2"]) for row in standings(made)]
     )
-    named = {point["model"]: point["label"] for point in figure.spec["data"]["values"]}
-    assert named == {"careful": "careful", "beaten": "", "open": "open"}
+    numbered = {point["model"]: point["number"] for point in figure.spec["data"]["values"]}
+    assert numbered == {"careful": "1", "equal": "1", "beaten": "", "open": "2"}
+    assert "than: 1 careful, equal; 2 open." in figure.note
 
 
 # published against replicated

@@ -212,10 +212,8 @@ def test_the_page_and_its_charts_follow_the_systems_colours_until_one_is_chosen(
 def test_a_narrow_page_scrolls_its_tables_and_not_itself(browser: Any, page: Path, width: int) -> None:
     show(browser, page, width=width)
     assert browser.execute_script("return document.documentElement.scrollWidth") <= width
-    assert (
-        browser.execute_script("return Math.max(...[...document.querySelectorAll('svg')].map(s => s.clientWidth))")
-        <= width
-    )
+    charts = browser.execute_script("return [...document.querySelectorAll('svg')].map(chart => chart.clientWidth)")
+    assert max(charts) <= width
     box = "document.querySelector('.panel:not([hidden]) .scroll')"
     browser.execute_script(f"{box}.scrollLeft = 1000")
     name, edge = browser.execute_script(
@@ -273,8 +271,7 @@ def test_what_a_hostile_record_says_is_shown_and_not_run(browser: Any, tmp_path:
     assert {*HOSTILE} <= {text.replace("\n", "") for text in rows(browser)}
     for cell in browser.find_elements("css selector", ".board button.cell"):
         browser.execute_script("arguments[0].click()", cell)
-        for summary in browser.find_elements("css selector", "#drawer summary"):
-            summary.click()
+        browser.execute_script("document.querySelectorAll('#drawer details').forEach(told => { told.open = true; })")
         keys(browser, "ESCAPE")
     assert browser.execute_script("return window.broken") is None
     assert browser.execute_script("return document.querySelectorAll('img, b, iframe').length") == 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -27,7 +28,7 @@ class Cell:
         value: what the column sorts by; None comes last.
         detail: printed smaller, behind the text.
         records: positions of the records behind it; with any, the cell opens the drawer.
-        mark: said beside the number, such as ``"failed"``.
+        mark: said beside the number: ``"failed"``, or ``"best"`` where no test tells it apart from the best.
     """
 
     text: str
@@ -54,7 +55,6 @@ class Row:
     model: str
     method: str
     adversarial: bool
-    best: bool
     cells: tuple[Cell, ...]
     badges: tuple[Badge, ...]
 
@@ -125,7 +125,8 @@ def _row(
     cells += [_attacked(standing.robust[column], met, positions) for column, met in standing.cells.items()]
     shown = {heading.text for heading in headings}
     if "worst case" in shown:
-        cells.append(_accuracy(standing.worst, behind))
+        worst = _accuracy(standing.worst, behind)
+        cells.append(dataclasses.replace(worst, mark="best" if standing.best else ""))
     if "rank" in shown:
         cells.append(_rank(standing.ranks))
     for name in costs:
@@ -137,7 +138,6 @@ def _row(
         f"{standing.label} {detail}",
         standing.method,
         any(record.training.get("eps") is not None for record in standing.records),
-        standing.best,
         tuple(cells),
         _badges(standing.records),
     )

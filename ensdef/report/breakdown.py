@@ -68,7 +68,7 @@ def _breakdown(identifier: str, attack: tuple[str, str | None], ranked: Sequence
     summary = f"For each defence, the share of images that each part of {attack[0]} broke and the share still right."
     return Figure(
         identifier,
-        f"Which view broke what: {attack[0]}",
+        f"Under {' in '.join(part for part in attack if part)}",
         "Each part met the images that the parts before it had left; names are those of the records.",
         summary,
         _bars(summary, bars, domain),
@@ -93,13 +93,13 @@ def _shares(records: Sequence[Record]) -> dict[str, float]:
 
 
 def _bars(summary: str, bars: Sequence[dict[str, Any]], domain: Sequence[str]) -> dict[str, Any]:
-    fixed = {OTHER: "var(--muted)", STANDING: "var(--good)", ALREADY_WRONG: "var(--line)"}
+    fixed = {OTHER: "var(--muted)", STANDING: "var(--bar)", ALREADY_WRONG: "var(--line)"}
     free: Iterator[str] = iter(COLOURS)
     colours = [fixed[kind] if kind in fixed else next(free) for kind in domain]
     return chart(
         summary,
         bars,
-        height={"step": 22},
+        height=22 * len({bar["model"] for bar in bars}),
         mark={"type": "bar", "stroke": "var(--surface)", "strokeWidth": 1},
         encoding={
             "y": {"field": "model", "type": "nominal", "title": None, "sort": {"field": "order", "op": "min"}},
@@ -109,7 +109,6 @@ def _bars(summary: str, bars: Sequence[dict[str, Any]], domain: Sequence[str]) -
                 "type": "nominal",
                 "title": None,
                 "scale": {"domain": list(domain), "range": colours},
-                "legend": {"columns": 3},
             },
             "order": {"field": "rank", "type": "quantitative"},
             "tooltip": tooltip(model="defence", part="broken by", told="images"),

@@ -96,5 +96,5 @@ def _curves(identifier: str, attack: str, norm: str | None, points: list[dict[st
     )
     rows = tuple((point["model"], f"{point['eps']:g}", point["told"]) for point in points)
     note = "Bands are one standard error; at eps 0 stands the clean accuracy."
-    title = f"Accuracy against eps: {attack}, {norm}"
+    title = f"Under {attack} in {norm}"
     return Figure(identifier, title, note, summary, spec, ("defence", "eps", "robust accuracy"), rows)

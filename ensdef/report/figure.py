@@ -69,7 +69,8 @@ class Figure:
 
 def chart(summary: str, values: Sequence[dict[str, Any]], **parts: Any) -> dict[str, Any]:
     """A specification as wide as the page leaves room for."""
-    return {"description": summary, "data": {"values": list(values)}, "width": "container", **parts}
+    width = {"width": "container", "autosize": {"type": "fit-x", "contains": "padding"}}
+    return {"description": summary, "data": {"values": list(values)}, **width, **parts}
 
 
 def tooltip(**fields: str) -> list[dict[str, str]]:

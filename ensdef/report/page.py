@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
@@ -77,6 +78,7 @@ def compose(gathered: Gathered, results: Path) -> str:
     library = chart_library() if figures else ""
     style, script = _asset("style.css"), embeddable(_asset("script.js"))
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment.filters["breakable"] = _breakable
     return environment.from_string(_asset("template.html")).render(
         policy=_policy([style], [part for part in (library, script) if part]),
         style=Markup(style),
@@ -101,6 +103,8 @@ def _panel(identifier: str, table: ResultsTable, positions: Mapping[str, int]) -
     data = ", ".join(sorted({record.dataset for record in table.records}))
     about = f"{data}, {spread} test images, {len(table.records):,} cells, {len(ranked):,} models"
     about += f"; records of {', '.join(table.protocols)}." if table.protocols else "."
+    if any(row.best for row in ranked):
+        about += " best: a paired test does not tell it apart from the best; ranks leave open what that test does."
     return Panel(
         identifier,
         table,
@@ -165,6 +169,11 @@ def _data(figures: Sequence[Figure], sources: Sequence[Record | Measurement], re
         "groups": contents,
         "records": drawers,
     }
+
+
+def _breakable(text: str) -> Markup:
+    """A call with places where a narrow column may break it: before its brackets and after its commas."""
+    return Markup("<wbr>").join(re.split(r"(?=\[)|(?<=,)(?=\S)", text))
 
 
 def _policy(styles: Sequence[str], scripts: Sequence[str]) -> str:

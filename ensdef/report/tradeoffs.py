@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from ensdef.report.drawers import percent
 from ensdef.report.figure import Figure, chart, percentage, quantity, rounded, tooltip
@@ -28,7 +29,7 @@ def tradeoffs(name: str, ranked: Sequence[Standing]) -> list[Figure]:
 def _tradeoff(
     identifier: str, axis: str, what: str, models: Sequence[tuple[str, Standing, float]], *, larger_is_better: bool
 ) -> Figure | None:
-    points = [
+    points: list[dict[str, Any]] = [
         {
             "model": model,
             "cost": round(cost, 3),
@@ -44,64 +45,67 @@ def _tradeoff(
     ]
     if len(points) < 2:
         return None
-    sign = -1 if larger_is_better else 1
+    front = _front(points, -1 if larger_is_better else 1)
     for point in points:
-        beaten = any(
-            sign * other["cost"] <= sign * point["cost"]
-            and other["worst"] >= point["worst"]
-            and (other["cost"], other["worst"]) != (point["cost"], point["worst"])
-            for other in points
-        )
-        point["label"] = "" if beaten else point["model"]
+        place = (point["cost"], point["worst"])
+        point["number"] = f"{front.index(place) + 1}" if place in front else ""
     summary = f"Worst case of {len(points)} models against {what}."
-    x = quantity("cost", axis, scale={"zero": False, "nice": True} if larger_is_better else {"type": "log"})
-    encoding = {
-        "x": x,
-        "y": percentage("worst", "worst case, %"),
-        "color": {
-            "field": "trained",
-            "type": "nominal",
-            "title": None,
-            "scale": {
-                "domain": list(_TRAINED),
-                "range": ["var(--series-1)", "var(--series-2)"],
-            },
-        },
-    }
+    x = quantity("cost", axis, scale={"zero": False} if larger_is_better else {"type": "log"}, axis={"format": "~s"})
     spec = chart(
         summary,
         points,
         height=360,
-        encoding=encoding,
+        encoding={"x": x, "y": percentage("worst", "worst case, %")},
         layer=[
             {
-                "mark": {"type": "rule", "strokeWidth": 1, "opacity": 0.5, "aria": False},
+                "mark": {"type": "rule", "stroke": "var(--muted)", "opacity": 0.5, "aria": False},
                 "encoding": {"y": percentage("low", "worst case, %"), "y2": {"field": "high"}},
             },
             {
                 "mark": {"type": "point", "filled": True, "size": 70, "opacity": 1},
                 "encoding": {
+                    "color": {
+                        "field": "trained",
+                        "type": "nominal",
+                        "title": None,
+                        "scale": {"domain": list(_TRAINED), "range": ["var(--series-1)", "var(--series-2)"]},
+                    },
                     "shape": {
                         "field": "trained",
                         "type": "nominal",
                         "title": None,
-                        "scale": {
-                            "domain": list(_TRAINED),
-                            "range": ["circle", "square"],
-                        },
+                        "scale": {"domain": list(_TRAINED), "range": ["circle", "square"]},
                     },
                     "tooltip": tooltip(model="defence", told="worst case", told_cost=what),
                 },
             },
             {
-                "mark": {"type": "text", "align": "right", "dx": -8, "dy": -8, "fontSize": 11, "aria": False},
-                "encoding": {"text": {"field": "label", "type": "nominal"}, "color": {"value": "var(--ink)"}},
+                "mark": {"type": "text", "align": "left", "dx": 7, "dy": -8, "fontWeight": 600, "aria": False},
+                "encoding": {"text": {"field": "number", "type": "nominal"}},
             },
         ],
     )
     rows = tuple((point["model"], point["told_cost"], point["told"]) for point in points)
-    note = "Named are the models that no other beats in both. Bars are one standard error."
+    named = [
+        f"{number} {', '.join(str(point['model']) for point in points if point['number'] == str(number))}"
+        for number in range(1, len(front) + 1)
+    ]
+    note = f"Bars are one standard error. No model has better means in both than: {'; '.join(named)}."
     return Figure(identifier, f"Worst case against {what}", note, summary, spec, ("defence", what, "worst case"), rows)
+
+
+def _front(points: Sequence[dict[str, Any]], sign: int) -> list[tuple[float, float]]:
+    """Costs and worst cases that no point beats in both, from the best worst case down.
+
+    Args:
+        sign: 1 where a small cost is good, -1 where a large one is.
+    """
+    front: list[tuple[float, float]] = []
+    places = {(point["cost"], point["worst"]) for point in points}
+    for cost, worst in sorted(places, key=lambda place: (-place[1], sign * place[0])):
+        if not front or sign * cost < sign * front[-1][0]:
+            front.append((cost, worst))
+    return front
 
 
 def _adversarial(row: Standing) -> bool:

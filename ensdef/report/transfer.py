@@ -34,7 +34,7 @@ def transfers(name: str, ranked: Sequence[Standing]) -> list[Figure]:
     return [
         Figure(
             f"{name}-transfer",
-            "Transfer between defences",
+            "On images crafted on hold-out ensembles",
             "Accuracy in percent on images crafted on the ensemble named above; darker is more robust.",
             summary,
             heat_map(summary, cells, "model", "surrogate", "kept", "defence", "crafted on"),
@@ -77,7 +77,7 @@ def between_members(measurements: Sequence[Measurement]) -> list[Figure]:
     return [
         Figure(
             "members-transfer",
-            "Transferability between members",
+            "Both members, one, or neither",
             "Percent of the images; T and nT as CCE defines them: how many carry over, and how many do not.",
             summary,
             heat_map(summary, cells, "model", "share", "value", "defence", "images"),
@@ -94,7 +94,7 @@ def heat_map(
     return chart(
         summary,
         cells,
-        height={"step": 26},
+        height=26 * len({cell[row] for cell in cells}),
         encoding={
             "y": {"field": row, "type": "nominal", "title": None, "sort": {"field": "order", "op": "min"}},
             "x": {
