@@ -148,19 +148,19 @@ def test_a_board_has_a_cell_for_every_attack_that_names_its_records() -> None:
     positions = {one.key: number for number, one in enumerate(made)}
     board = build_board(standings(made), positions)
     assert [heading.text for heading in board.headings] == [
+        "worst case",
         "clean",
         "pgd linf eps 0.2",
         "square linf eps 0.2",
-        "worst case",
     ]
     first, second = board.rows
     assert [(cell.text, cell.records) for cell in first.cells] == [
+        ("25.0", (0, 1)),
         ("75.0", ()),
         ("25.0", (0,)),
         ("25.0", (1,)),
-        ("25.0", (0, 1)),
     ]
-    assert (second.cells[1].text, second.cells[1].mark, second.cells[1].records) == ("–", "failed", (2,))
+    assert (second.cells[2].text, second.cells[2].mark, second.cells[2].records) == ("–", "failed", (2,))
     assert (second.severity, [(badge.name, badge.cells) for badge in second.badges]) == (
         "masking",
         [("zero_gradient", 1), ("uncertain", 1)],
@@ -175,7 +175,7 @@ def test_costs_and_ranks_are_columns_only_where_something_tells_them() -> None:
     assert headings[2:] == ["parameters", "training s"]
     ranked = [dataclasses.replace(costly[0], ranks=(1, 3), best=True)]
     board = build_board(ranked, positions_of(ranked))
-    assert [cell.text for cell in board.rows[0].cells][2:] == ["1–3", "1,234", "5"]
+    assert [cell.text for cell in board.rows[0].cells] == ["1–3", "75.0", "50.0", "1,234", "5"]
 
 
 def positions_of(rows: Any) -> dict[str, int]:
@@ -239,7 +239,10 @@ def test_transferability_between_members_is_averaged_over_seeds() -> None:
     shared |= {"call": "transferability", "norm": "linf", "eps": "0.2"}
     found = [SimpleNamespace(values={"T": 0.2, "nT": None}, **shared), SimpleNamespace(values={"T": 0.4}, **shared)]
     (figure,) = between_members(found)  # type: ignore[arg-type]
-    assert figure.rows == (("cce, digits, small_resnet, transferability, linf eps 0.2", "T", "30.0 %"),)
+    assert figure.rows == (("cce", "T", "30.0 %"),)
+    found.append(SimpleNamespace(values={"T": 0.6}, **{**shared, "eps": "0.3"}))
+    (figure,) = between_members(found)  # type: ignore[arg-type]
+    assert [row[0] for row in figure.rows] == ["cce, 0.2", "cce, 0.3"]
 
 
 def test_the_models_numbered_in_a_tradeoff_are_those_that_none_beats_in_both() -> None:

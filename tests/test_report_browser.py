@@ -124,8 +124,8 @@ def test_a_column_is_sorted_by_keyboard_both_ways_and_says_so(opened: Any) -> No
 
 
 def test_numbers_are_sorted_as_numbers(opened: Any) -> None:
-    find(opened, ".panel:not([hidden]) th:nth-child(3) button").click()
-    cells = "document.querySelectorAll('.panel:not([hidden]) .board td:nth-child(3)')"
+    find(opened, ".panel:not([hidden]) th:nth-child(4) button").click()
+    cells = "document.querySelectorAll('.panel:not([hidden]) .board td:nth-child(4)')"
     values = opened.execute_script(f"return [...{cells}].map(cell => Number(cell.dataset.value))")
     assert values == sorted(values, reverse=True)
     assert len(set(values)) > 1
@@ -154,7 +154,7 @@ def test_a_filter_leaves_what_fits_and_counts_it(opened: Any, field: str, value:
 
 
 def test_the_drawer_opens_by_keyboard_closes_by_escape_and_gives_the_focus_back(opened: Any) -> None:
-    cell = find(opened, ".panel:not([hidden]) tbody tr:nth-child(3) td button.cell")
+    cell = find(opened, ".panel:not([hidden]) tbody tr:nth-child(3) td:nth-child(4) button.cell")
     opened.execute_script("arguments[0].focus()", cell)
     keys(opened, "ENTER")
     drawer = find(opened, "#drawer")

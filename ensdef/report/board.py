@@ -29,6 +29,7 @@ class Cell:
         detail: printed smaller, behind the text.
         records: positions of the records behind it; with any, the cell opens the drawer.
         mark: said beside the number: ``"failed"``, or ``"best"`` where no test tells it apart from the best.
+        below: a second line.
     """
 
     text: str
@@ -36,6 +37,7 @@ class Cell:
     detail: str = ""
     records: tuple[int, ...] = ()
     mark: str = ""
+    below: str = ""
 
 
 @dataclass(frozen=True)
@@ -83,21 +85,22 @@ def build_board(ranked: Sequence[Standing], positions: Mapping[str, int]) -> Boa
         positions: where each record stands among the page's, by its key.
     """
     columns = list(ranked[0].cells) if ranked else []
-    headings = [Heading("clean", "accuracy", "right on unchanged images, %")]
-    headings += [Heading(column, "accuracy", "right on every point that the attack tried, %") for column in columns]
-    has_worst = len(columns) > 1 and any(row.worst for row in ranked)
-    if has_worst:
-        headings.append(Heading("worst case", "accuracy", "right under every attack of this table, image by image, %"))
+    headings = []
     if any(row.ranks for row in ranked):
         headings.append(Heading("rank", "number", "ranks that a paired test between rows leaves open"))
+    if len(columns) > 1 and any(row.worst for row in ranked):
+        headings.append(Heading("worst case", "accuracy", "right under every attack of this table, image by image, %"))
+    headings.append(Heading("clean", "accuracy", "right on unchanged images, %"))
+    headings += [Heading(column, "accuracy", "right on every point that the attack tried, %") for column in columns]
     costs = [name for name in _COSTS if any(_cost(row.costs, name) is not None for row in ranked)]
     headings += [Heading(_COSTS[name][0], "number", _COSTS[name][1]) for name in costs]
     rows = tuple(
         _row(standing, detail, headings, costs, positions)
         for standing, detail in zip(ranked, details_of(ranked), strict=True)
     )
-    worst = len(columns) + 1 if has_worst else 1 if len(columns) == 1 else None
-    return Board(tuple(headings), rows, tuple(sorted({row.method for row in rows})), worst)
+    main = "worst case" if len(columns) > 1 else columns[0] if columns else ""
+    sorted_by = next((place for place, heading in enumerate(headings) if heading.text == main), None)
+    return Board(tuple(headings), rows, tuple(sorted({row.method for row in rows})), sorted_by)
 
 
 _COSTS = {
@@ -121,14 +124,13 @@ def _row(
     positions: Mapping[str, int],
 ) -> Row:
     behind = tuple(positions[record.key] for record in standing.records)
-    cells = [_accuracy(standing.clean, ())]
-    cells += [_attacked(standing.robust[column], met, positions) for column, met in standing.cells.items()]
-    shown = {heading.text for heading in headings}
+    shown = [heading.text for heading in headings[:2]]
+    cells = [_rank(standing.ranks)] if "rank" in shown else []
     if "worst case" in shown:
         worst = _accuracy(standing.worst, behind)
         cells.append(dataclasses.replace(worst, mark="best" if standing.best else ""))
-    if "rank" in shown:
-        cells.append(_rank(standing.ranks))
+    cells.append(_accuracy(standing.clean, ()))
+    cells += [_attacked(standing.robust[column], met, positions) for column, met in standing.cells.items()]
     for name in costs:
         value = _cost(standing.costs, name)
         cells.append(Cell("–", None) if value is None else Cell(_amount(value), value))
@@ -146,10 +148,8 @@ def _row(
 def _accuracy(estimate: Estimate | None, records: tuple[int, ...]) -> Cell:
     if estimate is None:
         return Cell("–", None)
-    detail = f"± {percent(estimate.stderr)}"
-    if estimate.seed_std is not None:
-        detail += f", seeds ± {percent(estimate.seed_std)}"
-    return Cell(percent(estimate.mean), estimate.mean, detail, records)
+    below = "" if estimate.seed_std is None else f"seeds ± {percent(estimate.seed_std)}"
+    return Cell(percent(estimate.mean), estimate.mean, f"± {percent(estimate.stderr)}", records, below=below)
 
 
 def _attacked(estimate: Estimate | None, met: Sequence[Record], positions: Mapping[str, int]) -> Cell:

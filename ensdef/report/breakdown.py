@@ -46,7 +46,7 @@ def _breakdown(identifier: str, attack: tuple[str, str | None], ranked: Sequence
         return None
     leading = [kind for kind, total in sorted(totals.items(), key=lambda item: -item[1]) if total][:PARTS]
     domain = [*leading, OTHER, STANDING, ALREADY_WRONG]
-    bars = []
+    bars: list[dict[str, Any]] = []
     for order, model, share in shares:
         told = {kind: share.get(kind, 0.0) for kind in leading}
         told[OTHER] = sum(value for kind, value in share.items() if kind not in {*leading, STANDING, ALREADY_WRONG})

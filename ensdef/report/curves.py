@@ -10,14 +10,17 @@ from ensdef.report.drawers import percent
 from ensdef.report.figure import COLOURS, DASHES, SERIES, Figure, chart, family, percentage, quantity, rounded, tooltip
 from ensdef.report.standings import Standing, estimate, model_names
 
+#: What stands for all models beyond those that colours tell apart.
+OTHERS = "others"
+
 
 def curves(name: str, ranked: Sequence[Standing]) -> list[Figure]:
     """Robust accuracy against the radius, for every attack that met models at several radii."""
     names = model_names(ranked)
     attacks = dict.fromkeys(family(record) for row in ranked for record in row.records if record.eps_value is not None)
-    figures = []
+    figures: list[Figure] = []
     for attack, norm in attacks:
-        points = []
+        points: list[dict[str, Any]] = []
         for model, row in zip(names, ranked, strict=True):
             points += _curve(model, [record for record in row.records if family(record) == (attack, norm)])
         if len({point["eps"] for point in points if point["eps"] > 0}) > 1:
@@ -52,15 +55,18 @@ def _curve(model: str, records: Sequence[Record]) -> list[dict[str, Any]]:
 def _curves(identifier: str, attack: str, norm: str | None, points: list[dict[str, Any]]) -> Figure:
     models = list(dict.fromkeys(point["model"] for point in points))
     shown = models[:SERIES]
-    for point in points:
-        point["series"] = point["model"] if point["model"] in shown else "others"
-    domain = shown + (["others"] if len(models) > SERIES else [])
+    domain = shown + ([OTHERS] if len(models) > SERIES else [])
     colours = [*COLOURS[: len(shown)], "var(--muted)"][: len(domain)]
     dashes = [*DASHES[: len(shown)], [1, 2]][: len(domain)]
+    for point in points:
+        point["series"] = point["model"] if point["model"] in shown else OTHERS
+        point["colour"] = colours[domain.index(point["series"])]
     summary = f"Robust accuracy of {len(models)} models under {attack} in {norm}, against the radius."
     x = quantity("eps", f"eps ({norm})")
-    colour = {"field": "series", "type": "nominal", "title": None, "scale": {"domain": domain, "range": colours}}
-    shared = {"color": colour, "detail": {"field": "model"}}
+    series = {"field": "series", "type": "nominal", "title": None}
+    colour = {**series, "scale": {"domain": domain, "range": colours}}
+    # named in the data: a second scale would have a second legend, or with the first one none
+    filled = {"fill": {"field": "colour", "type": "nominal", "scale": None}, "detail": {"field": "model"}}
     spec = chart(
         summary,
         points,
@@ -68,20 +74,17 @@ def _curves(identifier: str, attack: str, norm: str | None, points: list[dict[st
         encoding={"x": x},
         layer=[
             {
+                "transform": [{"filter": f"datum.series !== '{OTHERS}'"}],
                 "mark": {"type": "area", "opacity": 0.12, "aria": False},
-                "encoding": {"y": percentage("low", "robust accuracy, %"), "y2": {"field": "high"}, **shared},
+                "encoding": {"y": percentage("low", "robust accuracy, %"), "y2": {"field": "high"}, **filled},
             },
             {
                 "mark": {"type": "line", "strokeWidth": 2, "aria": False},
                 "encoding": {
                     "y": percentage("accuracy", "robust accuracy, %"),
-                    "strokeDash": {
-                        "field": "series",
-                        "type": "nominal",
-                        "title": None,
-                        "scale": {"domain": domain, "range": dashes},
-                    },
-                    **shared,
+                    "stroke": colour,
+                    "strokeDash": {**series, "scale": {"domain": domain, "range": dashes}},
+                    "detail": {"field": "model"},
                 },
             },
             {
@@ -89,7 +92,7 @@ def _curves(identifier: str, attack: str, norm: str | None, points: list[dict[st
                 "encoding": {
                     "y": percentage("accuracy", "robust accuracy, %"),
                     "tooltip": tooltip(model="defence", eps="eps", told="robust"),
-                    **shared,
+                    **filled,
                 },
             },
         ],

@@ -18,7 +18,7 @@ def chart_library() -> str:
         import vl_convert
     except ImportError as error:
         raise UsageError("charts need vl-convert-python; install it with: pip install 'ensdef[report]'") from error
-    return embeddable(vl_convert.javascript_bundle())
+    return embeddable(vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;"))
 
 
 def embeddable(script: str) -> str:

@@ -104,7 +104,7 @@ def _panel(identifier: str, table: ResultsTable, positions: Mapping[str, int]) -
     about = f"{data}, {spread} test images, {len(table.records):,} cells, {len(ranked):,} models"
     about += f"; records of {', '.join(table.protocols)}." if table.protocols else "."
     if any(row.best for row in ranked):
-        about += " best: a paired test does not tell it apart from the best; ranks leave open what that test does."
+        about += " Ranks are as fine as a paired test over images tells them; best: not told apart from the best."
     return Panel(
         identifier,
         table,

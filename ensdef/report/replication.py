@@ -127,7 +127,8 @@ def _defence(cell: PublishedCell) -> str:
 
 def _amount(value: float, cell: PublishedCell, sign: str = "") -> str:
     """With as many decimals as the unit deserves."""
-    return f"{value:{sign},.{1 if cell.unit in ('percent', 'seconds', 'megabytes') else 3}f}"
+    decimals = 1 if cell.unit in ("percent", "seconds", "megabytes") else 3
+    return f"{value:{sign},.{decimals}f}".replace("-", "−")
 
 
 def _scatter(identifier: str, name: str, comparisons: Sequence[Comparison]) -> tuple[Figure, ...]:
@@ -181,4 +182,4 @@ def _scatter(identifier: str, name: str, comparisons: Sequence[Comparison]) -> t
     shown = ("method", "what", "told_published", "told_ours")
     rows = tuple(tuple(str(point[name]) for name in shown) for point in points)
     headings = ("defence", "measured", "published", "ours")
-    return (Figure(f"{identifier}-scatter", f"{name}: published against ours", note, summary, spec, headings, rows),)
+    return (Figure(f"{identifier}-scatter", "Ours against published", note, summary, spec, headings, rows),)

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 def transfers(name: str, ranked: Sequence[Standing]) -> list[Figure]:
     """Accuracy of every model on images crafted on others, where the attack names its surrogates."""
-    cells = []
+    cells: list[dict[str, Any]] = []
     for order, (model, row) in enumerate(zip(model_names(ranked), ranked, strict=True)):
         by_surrogate: dict[str, list[Record]] = {}
         for record in row.records:
@@ -59,18 +59,19 @@ _SHARES = {
 def between_members(measurements: Sequence[Measurement]) -> list[Figure]:
     """The measurements of transferability: a row a defence, means over training seeds."""
     rows: dict[str, list[Measurement]] = {}
-    for measurement in measurements:
-        budget = f"{measurement.norm} eps {measurement.eps}" if measurement.eps else ""
-        parts = (measurement.label, measurement.dataset, measurement.architecture, measurement.call, budget)
-        rows.setdefault(", ".join(str(part) for part in parts if part), []).append(measurement)
-    cells = []
+    settings = [(one.dataset, one.architecture, one.call, one.norm, one.eps) for one in measurements]
+    varying = [len(set(values)) > 1 for values in zip(*settings, strict=True)]
+    for measurement, setting in zip(measurements, settings, strict=True):
+        told = [value for value, varies in zip(setting, varying, strict=True) if varies]
+        rows.setdefault(", ".join(str(part) for part in (measurement.label, *told) if part), []).append(measurement)
+    cells: list[dict[str, Any]] = []
     for order, (model, found) in enumerate(rows.items()):
         for name, column in _SHARES.items():
             values = [value for value in (one.values.get(name) for one in found) if value is not None]
             if values:
                 mean = sum(values) / len(values)
-                told = f"{percent(mean)} %"
-                cells.append({"model": model, "order": order, "share": column, "value": rounded(mean), "told": told})
+                cell = {"model": model, "order": order, "share": column, "value": rounded(mean)}
+                cells.append({**cell, "told": f"{percent(mean)} %"})
     if not cells:
         return []
     summary = "How adversarial images of one member fare with the others, for each defence."
@@ -112,7 +113,7 @@ def heat_map(
                     "fillOpacity": {
                         "field": value,
                         "type": "quantitative",
-                        "scale": {"domain": [0, 100], "range": [0.06, 1]},
+                        "scale": {"domain": [0, 100], "range": [0.04, 0.55]},
                         "legend": None,
                     },
                     "tooltip": tooltip(**{row: rows, column: columns, "told": "accuracy"}),
@@ -120,13 +121,7 @@ def heat_map(
             },
             {
                 "mark": {"type": "text", "aria": False},
-                "encoding": {
-                    "text": {"field": value, "type": "quantitative", "format": ".1f"},
-                    "fill": {
-                        "condition": {"test": f"datum['{value}'] > 50", "value": "var(--on-heat)"},
-                        "value": "var(--ink)",
-                    },
-                },
+                "encoding": {"text": {"field": value, "type": "quantitative", "format": ".1f"}},
             },
         ],
     )
