@@ -7,6 +7,7 @@ import dataclasses
 import hashlib
 import json
 import math
+import subprocess
 import sys
 from html.parser import HTMLParser
 from pathlib import Path
@@ -367,7 +368,7 @@ def test_a_record_that_two_tables_share_is_in_the_page_once(tmp_path: Path) -> N
     write_table(tmp_path, "one", models())
     found = rendered(write_table(tmp_path, "two", models()))
     assert len(found.data["records"]) == 16
-    assert len([told for told in found.all("article") if told.get("class") == "panel"]) == 2
+    assert len([told for told in found.all("section") if told.get("class") == "panel"]) == 2
 
 
 def test_leaderboards_come_first(tmp_path: Path) -> None:
@@ -524,6 +525,22 @@ def test_the_command_writes_the_page_where_it_is_asked_to(tmp_path: Path) -> Non
         result = run("--results", str(tmp_path), *words)
         assert result.exit_code == 0, result.output
         assert (tmp_path / path).read_text(encoding="utf-8") == page.render(tmp_path)
+
+
+def test_a_page_is_made_without_torch(tmp_path: Path) -> None:
+    write_table(tmp_path, "toy", models())
+    script = f"""
+import sys
+from ensdef.cli import main
+sys.argv = ["ensdef", "report", "--results", {str(tmp_path)!r}]
+try:
+    main()
+finally:
+    assert "torch" not in sys.modules, "torch was imported"
+"""
+    finished = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
+    assert (finished.returncode, finished.stderr) == (0, "")
+    assert (tmp_path / "report.html").is_file()
 
 
 def test_a_missing_library_is_told_with_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:

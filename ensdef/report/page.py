@@ -172,8 +172,8 @@ def _data(figures: Sequence[Figure], sources: Sequence[Record | Measurement], re
 
 
 def _breakable(text: str) -> Markup:
-    """A call with places where a narrow column may break it: before its brackets and after its commas."""
-    return Markup("<wbr>").join(re.split(r"(?=\[)|(?<=,)(?=\S)", text))
+    """A call with places where a narrow column may break it: before its brackets, after commas and equals signs."""
+    return Markup("<wbr>").join(re.split(r"(?=\[)|(?<=[,=])(?=\S)", text))
 
 
 def _policy(styles: Sequence[str], scripts: Sequence[str]) -> str:

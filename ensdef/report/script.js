@@ -141,7 +141,8 @@
     for (const heading of table.tHead.rows[0].cells) {
       if (!heading.dataset.kind) continue;
       const button = element("button", { type: "button", text: heading.textContent.trim() });
-      if (heading.title) button.setAttribute("aria-description", heading.title);
+      button.title = heading.title;
+      heading.removeAttribute("title");
       const [first, second] =
         heading.dataset.kind === "accuracy" ? ["descending", "ascending"] : ["ascending", "descending"];
       button.addEventListener("click", () => {
