@@ -211,7 +211,7 @@ class _Row:
             ranks=self.ranks,
             best=self.best,
             best_under=frozenset(self.best_under),
-            costs=_costs(self.records),
+            costs=training_costs(self.records),
             flags=tuple(dict.fromkeys(flag["flag"] for record in self.records for flag in record.flags)),
             errors=tuple(dict.fromkeys(self.errors())),
             records=self.records,
@@ -235,7 +235,7 @@ def _estimate(outcomes: Outcomes) -> Estimate | None:
     return estimate(outcomes) if outcomes else None
 
 
-def _costs(records: Iterable[Record]) -> Cost:
+def training_costs(records: Iterable[Record]) -> Cost:
     """Means over trainings; a cost that one training does not tell is not told."""
     trainings = {record.train_seed: record.provenance.get("training") or {} for record in records if not record.error}
 

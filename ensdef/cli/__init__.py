@@ -47,7 +47,15 @@ def cli() -> None:
 
 def main() -> None:
     """Entry point of the ``ensdef`` command."""
-    from ensdef.cli import explain, inspect, measure, plot, plugins, run  # noqa: F401 - the modules add their commands
+    from ensdef.cli import (  # noqa: F401 - the modules add their commands
+        explain,
+        inspect,
+        measure,
+        plot,
+        plugins,
+        report,
+        run,
+    )
 
     try:
         cli(prog_name="ensdef")
