@@ -383,7 +383,7 @@ def test_the_command_prints_values_and_where_they_are(measured: Any, tmp_path: P
 def test_json_prints_the_measurements_alone_and_without_series(measured: Any, tmp_path: Path) -> None:
     result = measured("xor[steps=5,count=50]", "--json", "--results", str(tmp_path))
     (one,) = json.loads(result.stdout)
-    assert one["values"]["best_oracle_mse"] == pytest.approx(0.1 / 1.1)
+    assert one["values"]["opposite_mse"] == pytest.approx(0.1 / 1.1)
     assert one["n"] == 50
     assert "series" not in one
 

@@ -293,6 +293,18 @@ def test_all_losses_of_a_surface_share_one_scale(tmp_path: Path) -> None:
     assert drawn[0].levels[-1] == 10.0
 
 
+def test_a_class_has_one_colour_in_all_panels(tmp_path: Path) -> None:
+    rows = [[[4, 4, 4]] * 3, [[4, 7, 2]] * 3, [[4, 4, 7]] * 3]
+    series = {**surface(tmp_path).series, "predicted": [rows, rows]}
+    surface(tmp_path / "other", series=series)
+    figure = draw("surface", tmp_path / "other")
+    panels = [axis.collections[0] for axis in figure.axes if axis.get_title(loc="left").endswith(": class")]
+    colours = [mesh.to_rgba(mesh.get_array()).reshape(3, 3, 4)[0].tolist() for mesh in panels]
+    assert colours[1][1] == colours[2][2], "class 7"
+    assert colours[0][0] == colours[1][0] == colours[2][0], "the true class"
+    assert len({tuple(colour) for colour in colours[1]}) == 3
+
+
 def test_one_surface_is_drawn_at_a_time(tmp_path: Path) -> None:
     surface(tmp_path)
     surface(tmp_path, eps="0.1")
@@ -338,7 +350,7 @@ def benched(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Record]:
 
 def test_the_attack_run_again_ends_as_in_the_record(benched: tuple[Path, Record]) -> None:
     results, made = benched
-    shown = attacked_again(made, results, first=3, count=12)
+    shown = attacked_again(made, results, range(3, 15))
     assert shown.unlike == 0
     assert shown.ids == made.outcomes["ids"][3:15]
     robust = [
@@ -351,9 +363,9 @@ def test_the_attack_run_again_ends_as_in_the_record(benched: tuple[Path, Record]
 
 def test_examples_show_clean_attacked_and_difference_of_each_image(benched: tuple[Path, Record]) -> None:
     results, made = benched
-    figure = draw("examples", results, Choice(record=Path(str(made.path)), images=4))
+    figure = draw("examples", results, Choice(record=Path(str(made.path)), images=4, which="all"))
     assert len(figure.axes) == 12
-    shown = attacked_again(made, results, count=4)
+    shown = attacked_again(made, results, range(4))
     clean, attacked, difference = (axis.images[0].get_array() for axis in figure.axes[:3])
     assert np.array_equal(clean, shown.clean[0, 0])
     assert np.array_equal(attacked, shown.attacked[0, 0])
@@ -363,19 +375,27 @@ def test_examples_show_clean_attacked_and_difference_of_each_image(benched: tupl
     assert "n = 4 of 30 test images" in texts(figure).replace("\n", " ")
 
 
+def test_fooled_images_are_shown_unless_others_are_asked_for(benched: tuple[Path, Record]) -> None:
+    results, made = benched
+    for which, answers in (("fooled", {"(is"}), ("robust", {"(right)"})):
+        figure = draw("examples", results, Choice(images=3, which=which))  # type: ignore[arg-type]
+        assert {axis.get_xlabel().split()[2] for axis in figure.axes[1::3]} == answers
+        assert {axis.get_xlabel().split()[2] for axis in figure.axes[::3]} == {"(right)"}
+
+
 def test_a_moved_results_folder_still_shows_its_examples(benched: tuple[Path, Record], tmp_path: Path) -> None:
     results, made = benched
     (tmp_path / "moved").symlink_to(results)
     elsewhere = dataclasses.replace(made, checkpoint=f"gone/{Path(str(made.checkpoint)).name}")
-    assert attacked_again(elsewhere, tmp_path / "moved", count=1).unlike == 0
+    assert attacked_again(elsewhere, tmp_path / "moved", [0]).unlike == 0
     with pytest.raises(UsageError, match="is not there; run what made the record again"):
-        attacked_again(elsewhere, tmp_path, count=1)
+        attacked_again(elsewhere, tmp_path, [0])
 
 
 @pytest.mark.parametrize(
     ("choice", "told"),
     [
-        (Choice(image=30), "the record has images 0 to 29"),
+        (Choice(image=30), "images that are fooled, from 0; choose others with --which"),
         (Choice(record=Path("no/such.json")), "--record no/such.json"),
         (Choice(method=("adp",)), "none of the 1 records fit --method adp"),
     ],
@@ -445,6 +465,13 @@ def test_filters_that_keep_nothing_are_told_what_there_is(tmp_path: Path) -> Non
     assert "none of the 2 records fit --method trs --eps 0.1,0.2" in result.stderr
     assert "methods adp, soe" in result.stderr
     assert "linf 0.1, linf 0.2" in result.stderr
+
+
+def test_one_measurement_by_two_versions_of_the_code_is_not_drawn_twice(tmp_path: Path) -> None:
+    detected(tmp_path)
+    detected(tmp_path, auc=0.76)
+    with pytest.raises(UsageError, match="the same measurement by different code; delete the older one"):
+        draw("roc", tmp_path)
 
 
 def test_an_unknown_kind_is_told_the_nearest() -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ensdef.errors import UsageError
+from ensdef.keys import canonical
 from ensdef.measurement import Measurement, Measurements
 from ensdef.notation import fraction
 from ensdef.records import Record, Store
@@ -28,7 +29,8 @@ class Choice:
         seed: training seeds.
         record: of ``examples``: the file.
         image: of ``surface`` and ``examples``: which of the images comes first, from 0.
-        images: of ``examples``: how many are shown.
+        images, which: of ``examples``: how many are shown, and of which: right on the clean image and ``fooled``,
+            ``robust``, or ``all``.
         style: of ``surface``.
     """
 
@@ -42,6 +44,7 @@ class Choice:
     record: Path | None = None
     image: int = 0
     images: int = 5
+    which: Literal["fooled", "robust", "all"] = "fooled"
     style: Literal["contour", "3d"] = "contour"
 
     def records(self, results: Path, command: str) -> list[Record]:
@@ -71,7 +74,15 @@ class Choice:
                 f"no {name} measurements in {results}; run `{command}`, or name another folder with --results"
             )
         attacked = [(one, str(one.params.get("attack", ""))) for one in found]
-        return self._some([one for one, attack in attacked if self._keeps(one, attack, attack)], found, name)
+        kept = self._some([one for one, attack in attacked if self._keeps(one, attack, attack)], found, name)
+        seen: dict[str, Measurement] = {}
+        for one in kept:
+            if (other := seen.setdefault(_identity(one), one)) is not one:
+                first, second = (f"{each.path} (of {each.provenance.get('date')})" for each in (other, one))
+                raise UsageError(
+                    f"{first} and {second} are the same measurement by different code; delete the older one"
+                )
+        return kept
 
     def _keeps(self, one: Record | Measurement, attack: str, attack_label: str) -> bool:
         radii = {fraction(text, "--eps") for text in self.eps}
@@ -99,6 +110,12 @@ class Choice:
             f"none of the {len(found)} {what} fit {' '.join(asked)}; there are methods {', '.join(methods) or 'none'} "
             f"and radii {', '.join(radii) or 'none'}"
         )
+
+
+def _identity(one: Measurement) -> str:
+    """What was measured, whatever the code that did it."""
+    trained = (one.label, one.dataset, one.architecture, one.members, one.training.get("key"))
+    return canonical([one.name, one.params, trained, one.norm, str(radius(one)), one.combiner, one.seed, one.n])
 
 
 def radius(one: Record | Measurement) -> Fraction | None:

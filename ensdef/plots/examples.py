@@ -7,6 +7,7 @@ whole batches).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -48,12 +49,22 @@ class Examples:
 def draw(results: Path, choice: Choice) -> Figure:
     """Rows: images. Columns: clean, attacked, and the difference as large as it can be shown."""
     record = _the_one(results, choice)
-    last = record.n - 1
-    if not 0 <= choice.image <= last:
-        raise UsageError(f"--image is {choice.image}; the record has images 0 to {last}")
     if choice.images < 1:
         raise UsageError(f"--images is {choice.images}; expected at least 1")
-    return figure_of(record, attacked_again(record, results, choice.image, choice.images))
+    found = _of_kind(record, choice.which)
+    if not 0 <= choice.image < len(found):
+        raise UsageError(
+            f"--image is {choice.image}, and the record has {len(found)} images that are {choice.which}, from 0; choose "
+            "others with --which all, fooled or robust"
+        )
+    return figure_of(record, attacked_again(record, results, found[choice.image : choice.image + choice.images]))
+
+
+def _of_kind(record: Record, which: str) -> list[int]:
+    """Positions in the record's outcomes of the images that are fooled, robust, or all."""
+    wanted = {"fooled": {(1, 0)}, "robust": {(1, 1)}, "all": {(0, 0), (1, 0), (1, 1)}}[which]
+    verdicts = zip(record.outcomes.get("clean", []), record.outcomes.get("robust", []), strict=True)
+    return [position for position, verdict in enumerate(verdicts) if verdict in wanted]
 
 
 def _the_one(results: Path, choice: Choice) -> Record:
@@ -72,8 +83,8 @@ def _the_one(results: Path, choice: Choice) -> Record:
     return found[0]
 
 
-def attacked_again(record: Record, results: Path, first: int = 0, count: int = 5) -> Examples:
-    """Run a record's attack on its images ``first`` ... ``first + count - 1``, on the CPU.
+def attacked_again(record: Record, results: Path, positions: Sequence[int]) -> Examples:
+    """Run a record's attack on the images at these positions in its outcomes, on the CPU.
 
     Raises:
         UsageError: the record has an error, or its attack needs surrogates.
@@ -106,17 +117,14 @@ def attacked_again(record: Record, results: Path, first: int = 0, count: int = 5
             f"{record.attack_label} crafts on other networks; give the record of an attack on the defence itself"
         )
     defense, data = load_checkpoint(folder), reload_data(data_spec(folder))
-    positions = slice(first, first + count)
-    ids = torch.tensor(record.outcomes["ids"][positions])
+    ids = torch.tensor([record.outcomes["ids"][position] for position in positions])
     test = data.test.select(ids)
     outcome = attack_model(defense, test.x(), test.labels, spec, ids=ids, health="off")
     model = recombined(defense, spec.combiner)
     with torch.no_grad():
         before, after = (model(x).argmax(dim=1).tolist() for x in (test.x(), outcome.x_adv))
-    unlike = sum(
-        verdict != told
-        for verdict, told in zip(outcome.robust.int().tolist(), record.outcomes["robust"][positions], strict=True)
-    )
+    told = [record.outcomes["robust"][position] for position in positions]
+    unlike = sum(verdict != other for verdict, other in zip(outcome.robust.int().tolist(), told, strict=True))
     return Examples(
         ids.tolist(), test.x().numpy(), outcome.x_adv.cpu().numpy(), test.labels.tolist(), before, after, unlike
     )
@@ -164,4 +172,4 @@ def figure_of(record: Record, shown: Examples) -> Figure:
 
 
 def _answer(answer: int, label: int) -> str:
-    return f"{label}: right" if answer == label else f"{label}: taken for {answer}"
+    return f"answers {answer} (right)" if answer == label else f"answers {answer} (is {label})"

@@ -165,7 +165,7 @@ def _panel(axis: Axes, found: Sequence[Line], records: Sequence[Record], norm: s
         eps = [point.eps for point in line.points]
         percent = [100 * point.accuracy for point in line.points]
         style = line_style(index)
-        axis.plot(eps, percent, label=line.label, **style)  # type: ignore[arg-type]
+        axis.plot(eps, percent, label=line.label, clip_on=False, **style)  # type: ignore[arg-type]
         low, high = ([100 * (p.accuracy + sign * p.stderr) for p in line.points] for sign in (-1, 1))
         axis.fill_between(eps, low, high, color=style["color"], alpha=0.15, linewidth=0)
     written = {float(fraction(str(record.eps), "eps")): str(record.eps) for record in records}
