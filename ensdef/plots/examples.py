@@ -54,8 +54,8 @@ def draw(results: Path, choice: Choice) -> Figure:
     found = _of_kind(record, choice.which)
     if not 0 <= choice.image < len(found):
         raise UsageError(
-            f"--image is {choice.image}, and the record has {len(found)} images that are {choice.which}, from 0; choose "
-            "others with --which all, fooled or robust"
+            f"--image is {choice.image}, and the record has {len(found)} images that are {choice.which}, from 0; "
+            "choose others with --which all, fooled or robust"
         )
     return figure_of(record, attacked_again(record, results, found[choice.image : choice.image + choice.images]))
 

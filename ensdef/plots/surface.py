@@ -44,7 +44,8 @@ def draw(results: Path, choice: Choice) -> Figure:
         figure = new_figure(3.4 * PANEL, len(networks) * PANEL)
         grid = figure.add_gridspec(len(networks), 3)
         _pictures(figure, grid, one, choice.image)
-        shared = MaxNLocator(LEVELS).tick_values(float(loss.min()), max(float(loss.max()), float(loss.min()) + 1e-6))
+        low, high = float(loss.min()), max(float(loss.max()), float(loss.min()) + 1e-6)
+        shared = np.asarray(MaxNLocator(LEVELS).tick_values(low, high))
         others = [int(value) for value in np.unique(predicted) if value != label]
         panels: list[Any] = []
         for row, name in enumerate(networks):
