@@ -507,10 +507,9 @@ def test_figures_are_drawn_without_torch(tmp_path: Path) -> None:
     surface(tmp_path)
     script = f"""
 import sys
-from pathlib import Path
-from ensdef.plots import draw, save
+from ensdef.cli import cli, plot
 for kind in ("robustness", "roc", "entropy", "surface"):
-    save(draw(kind, Path({str(tmp_path)!r})), Path({str(tmp_path)!r}, kind + ".png"))
+    cli(["plot", kind, "--results", {str(tmp_path)!r}], standalone_mode=False)
 assert "torch" not in sys.modules, "torch was imported"
 assert "matplotlib.pyplot" not in sys.modules, "pyplot wants a display"
 """

@@ -143,7 +143,7 @@ def colour_of(index: int) -> str:
 
 
 def _plane(axis: Axes) -> None:
-    axis.plot([0], [0], marker="+", color="black", markersize=7)
+    axis.plot([0], [0], marker="P", markerfacecolor="white", markeredgecolor="black", markersize=6)
     axis.set_aspect("equal")
     axis.grid(False)
     axis.set_xlabel("v in radii")
