@@ -25,6 +25,7 @@ from ensdef.plots import KINDS, Choice, draw, save
 from ensdef.plots.examples import attacked_again
 from ensdef.plots.robustness import Line, lines
 from ensdef.records import Record, Store, with_outcomes
+from ensdef.tables import Manifests
 
 
 def record(
@@ -214,6 +215,16 @@ def test_filters_choose_lines(tmp_path: Path, choice: Choice, kept: set[str]) ->
     filled(tmp_path, record(), record("adp", eps="0.2"), record(label="soe[sigma=1]", seed=1))
     labels = {str(line.get_label()) for line in draw("robustness", tmp_path, choice).axes[0].get_lines()}
     assert {label.partition(", ")[0] for label in labels} == kept
+
+
+def test_the_records_of_one_table_are_chosen_by_its_name(tmp_path: Path) -> None:
+    filled(tmp_path, record(), record("adp"))
+    first = next(Store(tmp_path).all())
+    Manifests(tmp_path).write("mine", "Mine", [first], extend=False)
+    (line,) = draw("robustness", tmp_path, Choice(table="mine")).axes[0].get_lines()
+    assert line.get_label() == first.label
+    with pytest.raises(UsageError, match="did you mean 'mine'"):
+        draw("robustness", tmp_path, Choice(table="mien"))
 
 
 # --- detection ------------------------------------------------------------------------------------
