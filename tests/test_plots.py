@@ -140,7 +140,19 @@ def test_training_seeds_are_averaged_and_their_spread_widens_the_band() -> None:
 def test_lines_are_named_by_the_method_and_whatever_else_differs() -> None:
     found = lines([record(), record(attack_label="mim"), record(attack_label="mim", members=5)])
     assert [line.label for line in found] == ["soe, pgd, 3 members", "soe, mim, 3 members", "soe, mim, 5 members"]
-    assert [line.label for line in lines([record(), record("adp")])] == ["soe", "adp"]
+    assert [line.label for line in lines([record(), record("adv", members=1)])] == ["soe", "adv"]
+
+
+def test_a_method_looks_the_same_in_every_panel_and_stands_once_in_the_legend(tmp_path: Path) -> None:
+    filled(tmp_path, record(), record("adp"), record("adp", norm="l2", eps="1"), record(norm="l2", eps="1"))
+    figure = draw("robustness", tmp_path)
+    looks = [
+        {line.get_label(): (line.get_color(), line.get_marker(), line.get_linestyle()) for line in axis.get_lines()}
+        for axis in figure.axes
+    ]
+    assert looks[0] == looks[1]
+    (legend,) = figure.legends
+    assert sorted(text.get_text() for text in legend.get_texts()) == ["adp", "soe"]
 
 
 def test_a_defence_trained_at_each_radius_is_one_line_without_a_clean_accuracy() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -121,6 +121,16 @@ def _identity(one: Measurement) -> str:
 def radius(one: Record | Measurement) -> Fraction | None:
     """The attacker's radius as an exact number."""
     return None if one.eps is None else fraction(one.eps, "eps")
+
+
+def telling(traits: Sequence[Mapping[str, str]], first: str = "method") -> list[str]:
+    """Names of the traits that it takes to tell things apart, after ``first`` in their order, as few as possible."""
+    told = [first]
+    for name in traits[0]:
+        apart = len({tuple(trait[other] for other in told) for trait in traits})
+        if len({(*(trait[other] for other in told), trait[name]) for trait in traits}) > apart:
+            told.append(name)
+    return told
 
 
 def listed(values: Iterable[Any]) -> str:

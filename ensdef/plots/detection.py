@@ -8,7 +8,7 @@ from pathlib import Path
 from matplotlib.figure import Figure
 
 from ensdef.measurement import Measurement
-from ensdef.plots.choice import Choice, listed
+from ensdef.plots.choice import Choice, listed, telling
 from ensdef.plots.kinds import KINDS
 from ensdef.plots.style import COLOURS, HEIGHT, WIDTH, caption, line_style, new_figure, styled
 
@@ -96,11 +96,7 @@ def names(found: Sequence[Measurement]) -> list[str]:
         }
         for one in found
     ]
-    told = ["method"]
-    for name in traits[0]:
-        apart = len({tuple(trait[other] for other in told) for trait in traits})
-        if len({(*(trait[other] for other in told), trait[name]) for trait in traits}) > apart:
-            told.append(name)
+    told = telling(traits)
     return [", ".join(trait[name] for name in told if trait[name]) for trait in traits]
 
 
