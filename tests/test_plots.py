@@ -419,6 +419,7 @@ def test_a_moved_results_folder_still_shows_its_examples(benched: tuple[Path, Re
     [
         (Choice(image=30), "images that are fooled, from 0; choose others with --which"),
         (Choice(record=Path("no/such.json")), "--record no/such.json"),
+        (Choice(record=Path(__file__).parent), "--record"),
         (Choice(method=("adp",)), "none of the 1 records fit --method adp"),
     ],
 )
@@ -465,6 +466,14 @@ def test_other_formats_are_refused_before_anything_is_drawn(tmp_path: Path, name
     assert "ends in .png or .svg" in result.stderr
 
 
+@pytest.mark.parametrize(("option", "value"), [("--seed", "1.5"), ("--seed", "x"), ("--eps", "x"), ("--eps", "")])
+def test_a_filter_that_is_no_number_is_refused_by_name(tmp_path: Path, option: str, value: str) -> None:
+    filled(tmp_path, record())
+    result = ens("robustness", "--results", tmp_path, option, value)
+    assert result.exit_code == 2
+    assert (option if value else "empty item") in result.stderr
+
+
 def test_a_figure_lands_in_the_results_folder_unless_told_otherwise(tmp_path: Path) -> None:
     filled(tmp_path, record())
     assert ens("robustness", "--results", tmp_path).stdout.strip() == str(tmp_path / "figures" / "robustness.svg")
@@ -497,7 +506,7 @@ def test_one_measurement_by_two_versions_of_the_code_is_not_drawn_twice(tmp_path
 
 
 def test_an_unknown_kind_is_told_the_nearest() -> None:
-    result = ens("robustnes")
+    result = ens("robust")
     assert result.exit_code == 2
     assert "did you mean 'robustness'" in result.stderr
 

@@ -9,7 +9,7 @@ import click
 
 from ensdef.cli import cli
 from ensdef.errors import UsageError
-from ensdef.notation import fraction, split_list
+from ensdef.notation import convert, split_list
 
 
 @cli.command()
@@ -54,6 +54,6 @@ def plot(kind: str | None, every: bool, results: Path, out: Path | None, **given
 
     for name in ("method", "attack", "eps", "seed"):
         given[name] = tuple(split_list(given[name])) if given[name] is not None else ()
-    given["seed"] = tuple(int(fraction(part, "--seed")) for part in given["seed"])
+    given["seed"] = tuple(convert(part, int, "--seed") for part in given["seed"])
     save(draw(kind, results, Choice(**given)), path)
     click.echo(str(path))

@@ -71,8 +71,8 @@ def _the_one(results: Path, choice: Choice) -> Record:
     if choice.record is not None:
         try:
             return Record.from_json(choice.record.read_text(encoding="utf-8"), choice.record)
-        except OSError as error:
-            raise UsageError(f"--record {choice.record}: {error.strerror}") from error
+        except (OSError, UnicodeDecodeError) as error:
+            raise UsageError(f"--record {choice.record} cannot be read: {error}") from error
     found = choice.records(results, KINDS["examples"].command)
     if len(found) > 1:
         shown = ", ".join(str(record.path) for record in found[:3])
