@@ -34,6 +34,7 @@ class Examples:
         ids: positions in the test set, (N,).
         clean, attacked: (N, C, H, W) in [0, 1].
         labels, before, after: true classes and answers on clean and on attacked images, (N,).
+        classes: names of the classes.
         unlike: number of images whose verdict is not the record's.
     """
 
@@ -43,6 +44,7 @@ class Examples:
     labels: list[int]
     before: list[int]
     after: list[int]
+    classes: tuple[str, ...]
     unlike: int
 
 
@@ -126,7 +128,14 @@ def attacked_again(record: Record, results: Path, positions: Sequence[int]) -> E
     told = [record.outcomes["robust"][position] for position in positions]
     unlike = sum(verdict != other for verdict, other in zip(outcome.robust.int().tolist(), told, strict=True))
     return Examples(
-        ids.tolist(), test.x().numpy(), outcome.x_adv.cpu().numpy(), test.labels.tolist(), before, after, unlike
+        ids.tolist(),
+        test.x().numpy(),
+        outcome.x_adv.cpu().numpy(),
+        test.labels.tolist(),
+        before,
+        after,
+        data.classes,
+        unlike,
     )
 
 
@@ -157,8 +166,9 @@ def figure_of(record: Record, shown: Examples) -> Figure:
             show_picture(attacked, shown.attacked[row])
             show_picture(difference_, 0.5 + difference[row] / (2 * largest))
             clean.set_ylabel(f"image {shown.ids[row]}", fontsize=8)
-            clean.set_xlabel(_answer(shown.before[row], shown.labels[row]), fontsize=8)
-            attacked.set_xlabel(_answer(shown.after[row], shown.labels[row]), fontsize=8)
+            label, *answers = (shown.classes[part[row]] for part in (shown.labels, shown.before, shown.after))
+            for axis, answer in zip((clean, attacked), answers, strict=True):
+                axis.set_xlabel(_answer(answer, label), fontsize=8)
         for axis, title in zip(axes[0], ("clean", "attacked", f"difference x {0.5 / largest:.3g}"), strict=True):
             axis.set_title(title, loc="left", fontsize=9)
         radius = f", {record.norm} {record.eps}" if record.norm else ""
@@ -171,5 +181,5 @@ def figure_of(record: Record, shown: Examples) -> Figure:
     return figure
 
 
-def _answer(answer: int, label: int) -> str:
+def _answer(answer: str, label: str) -> str:
     return f"answers {answer} (right)" if answer == label else f"answers {answer} (is {label})"
