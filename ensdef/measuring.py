@@ -12,6 +12,7 @@ import torch
 
 from ensdef.checkpoints import checkpoint_folder, load_checkpoint, training_report
 from ensdef.claims import Claims
+from ensdef.defense import EnsembleDefense
 from ensdef.errors import CheckpointError, DataError
 from ensdef.evaluation import training_fields
 from ensdef.harness import exact_arithmetic
@@ -39,10 +40,13 @@ def check_measurable(specs: Iterable[MeasureSpec]) -> None:
     Raises:
         UsageError: a defence cannot be built, or a measurement needs something that it does not have.
     """
+    built: dict[str, EnsembleDefense] = {}
     for spec in specs:
         if spec.training is not None:
-            data = reload_data(spec.training.setting.data)
-            defense, _ = rehearse(spec.training.model, data.test.x(slice(0, 4)))
+            if spec.training.key not in built:
+                data = reload_data(spec.training.setting.data)
+                built[spec.training.key], _ = rehearse(spec.training.model, data.test.x(slice(0, 4)))
+            defense = built[spec.training.key]
             MEASUREMENTS.get(spec.name)(spec.params_object).fits(recombined(defense, spec.combiner))
 
 

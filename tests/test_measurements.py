@@ -368,6 +368,23 @@ def measured() -> Callable[..., Any]:
     return command
 
 
+PLUGIN = '''
+"""A measurement of one's own (A. Author; nowhere, 2020)."""
+
+from ensdef.measure import Measure, Measured, register_measure
+
+
+@register_measure("longest_layer")
+class LongestLayer(Measure):
+    """Number of values in the largest tensor of weights."""
+
+    @classmethod
+    def depends_on(cls, params):
+        return frozenset({"defense"})
+
+    def measure(self, subject):
+        return Measured({"values": max(weights.numel() for weights in subject.defense.parameters())})
+'''
 SMALL = ("--limit", "64", "--epochs", "1", "--members", "2", "--samples", "20", "--device", "cpu")
 
 
@@ -383,9 +400,18 @@ def test_the_command_prints_values_and_where_they_are(measured: Any, tmp_path: P
 def test_json_prints_the_measurements_alone_and_without_series(measured: Any, tmp_path: Path) -> None:
     result = measured("xor[steps=5,count=50]", "--json", "--results", str(tmp_path))
     (one,) = json.loads(result.stdout)
-    assert one["values"]["best_oracle_mse"] == pytest.approx(0.1 / 1.1)
+    assert one["values"]["opposite_mse"] == pytest.approx(0.1 / 1.1)
     assert one["n"] == 50
     assert "series" not in one
+
+
+def test_a_plugin_file_may_bring_a_measurement(measured: Any, tmp_path: Path, registered: Any) -> None:
+    (tmp_path / "mine.py").write_text(PLUGIN, encoding="utf-8")
+    words = ("longest_layer", "--plugin", str(tmp_path / "mine.py"), "--method", "nat")
+    result = measured(*words, *SMALL, "--results", str(tmp_path))
+    assert result.exit_code == 0, result.output
+    (one,) = Measurements(tmp_path).all("longest_layer")
+    assert one.values["values"] == 32 * 32 * 9, "32 filters of 32 channels, three by three"
 
 
 @pytest.mark.parametrize(

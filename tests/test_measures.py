@@ -10,7 +10,9 @@ import torch
 from toys_defense import generator
 from toys_diagnostics import Written, images_of
 
+from ensdef.combine import COMBINERS
 from ensdef.diagnostics import detection_auc, detection_stderr, xor_experiment
+from ensdef.diagnostics.crafting import view_of
 from ensdef.errors import UsageError
 from ensdef.losses import cross_entropy
 from ensdef.measure import Measured, Subject
@@ -90,6 +92,20 @@ def test_the_combiner_decides_what_the_ensemble_answers() -> None:
             "ensemble"
         ]
     assert answers == {"native": 1.0, "max": 1.0, "vote": 0.0}
+
+
+def test_attacks_follow_the_rule_that_replaces_the_answer() -> None:
+    subject = subject_of([FIRST, SECOND])
+    for rule in ("avg", "max", "vote"):
+        defense = recombined(subject.defense, rule)
+        expected = COMBINERS[rule](subject.defense.member_logits(subject.x))
+        assert torch.equal(view_of(defense, "predict")(subject.x), expected)
+        assert torch.equal(view_of(defense, "member1")(subject.x), view_of(subject.defense, "member1")(subject.x))
+
+
+def test_a_recombined_defence_is_not_for_training() -> None:
+    with pytest.raises(UsageError, match="train the one inside it"):
+        recombined(subject_of([[0]]).defense, "max").loss(None, 0.0)  # type: ignore[arg-type]
 
 
 # --- allocation, detection, curvature -------------------------------------------------------------

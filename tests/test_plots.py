@@ -25,6 +25,7 @@ from ensdef.plots import KINDS, Choice, draw, save
 from ensdef.plots.examples import attacked_again
 from ensdef.plots.robustness import Line, lines
 from ensdef.records import Record, Store, with_outcomes
+from ensdef.tables import Manifests
 
 
 def record(
@@ -139,7 +140,19 @@ def test_training_seeds_are_averaged_and_their_spread_widens_the_band() -> None:
 def test_lines_are_named_by_the_method_and_whatever_else_differs() -> None:
     found = lines([record(), record(attack_label="mim"), record(attack_label="mim", members=5)])
     assert [line.label for line in found] == ["soe, pgd, 3 members", "soe, mim, 3 members", "soe, mim, 5 members"]
-    assert [line.label for line in lines([record(), record("adp")])] == ["soe", "adp"]
+    assert [line.label for line in lines([record(), record("adv", members=1)])] == ["soe", "adv"]
+
+
+def test_a_method_looks_the_same_in_every_panel_and_stands_once_in_the_legend(tmp_path: Path) -> None:
+    filled(tmp_path, record(), record("adp"), record("adp", norm="l2", eps="1"), record(norm="l2", eps="1"))
+    figure = draw("robustness", tmp_path)
+    looks = [
+        {line.get_label(): (line.get_color(), line.get_marker(), line.get_linestyle()) for line in axis.get_lines()}
+        for axis in figure.axes
+    ]
+    assert looks[0] == looks[1]
+    (legend,) = figure.legends
+    assert sorted(text.get_text() for text in legend.get_texts()) == ["adp", "soe"]
 
 
 def test_a_defence_trained_at_each_radius_is_one_line_without_a_clean_accuracy() -> None:
@@ -216,6 +229,16 @@ def test_filters_choose_lines(tmp_path: Path, choice: Choice, kept: set[str]) ->
     assert {label.partition(", ")[0] for label in labels} == kept
 
 
+def test_the_records_of_one_table_are_chosen_by_its_name(tmp_path: Path) -> None:
+    filled(tmp_path, record(), record("adp"))
+    first = next(Store(tmp_path).all())
+    Manifests(tmp_path).write("mine", "Mine", [first], extend=False)
+    (line,) = draw("robustness", tmp_path, Choice(table="mine")).axes[0].get_lines()
+    assert line.get_label() == first.label
+    with pytest.raises(UsageError, match="did you mean 'mine'"):
+        draw("robustness", tmp_path, Choice(table="mien"))
+
+
 # --- detection ------------------------------------------------------------------------------------
 
 
@@ -289,8 +312,19 @@ def test_all_losses_of_a_surface_share_one_scale(tmp_path: Path) -> None:
     figure = draw("surface", tmp_path)
     drawn = [axis.collections[0] for axis in figure.axes if axis.get_title(loc="left").endswith(": loss")]
     assert {contours.get_clim() for contours in drawn} == {drawn[0].get_clim()}
-    assert drawn[0].levels[0] == 0.0
-    assert drawn[0].levels[-1] == 10.0
+    assert drawn[0].levels[0] <= 0 < 10 <= drawn[0].levels[-1]
+
+
+def test_a_class_has_one_colour_in_all_panels(tmp_path: Path) -> None:
+    rows = [[[4, 4, 4]] * 3, [[4, 7, 2]] * 3, [[4, 4, 7]] * 3]
+    series = {**surface(tmp_path).series, "predicted": [rows, rows]}
+    surface(tmp_path / "other", series=series)
+    figure = draw("surface", tmp_path / "other")
+    panels = [axis.collections[0] for axis in figure.axes if axis.get_title(loc="left").endswith(": class")]
+    colours = [mesh.to_rgba(mesh.get_array()).reshape(3, 3, 4)[0].tolist() for mesh in panels]
+    assert colours[1][1] == colours[2][2], "class 7"
+    assert colours[0][0] == colours[1][0] == colours[2][0], "the true class"
+    assert len({tuple(colour) for colour in colours[1]}) == 3
 
 
 def test_one_surface_is_drawn_at_a_time(tmp_path: Path) -> None:
@@ -338,7 +372,7 @@ def benched(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Record]:
 
 def test_the_attack_run_again_ends_as_in_the_record(benched: tuple[Path, Record]) -> None:
     results, made = benched
-    shown = attacked_again(made, results, first=3, count=12)
+    shown = attacked_again(made, results, range(3, 15))
     assert shown.unlike == 0
     assert shown.ids == made.outcomes["ids"][3:15]
     robust = [
@@ -351,9 +385,9 @@ def test_the_attack_run_again_ends_as_in_the_record(benched: tuple[Path, Record]
 
 def test_examples_show_clean_attacked_and_difference_of_each_image(benched: tuple[Path, Record]) -> None:
     results, made = benched
-    figure = draw("examples", results, Choice(record=Path(str(made.path)), images=4))
+    figure = draw("examples", results, Choice(record=Path(str(made.path)), images=4, which="all"))
     assert len(figure.axes) == 12
-    shown = attacked_again(made, results, count=4)
+    shown = attacked_again(made, results, range(4))
     clean, attacked, difference = (axis.images[0].get_array() for axis in figure.axes[:3])
     assert np.array_equal(clean, shown.clean[0, 0])
     assert np.array_equal(attacked, shown.attacked[0, 0])
@@ -363,20 +397,29 @@ def test_examples_show_clean_attacked_and_difference_of_each_image(benched: tupl
     assert "n = 4 of 30 test images" in texts(figure).replace("\n", " ")
 
 
+def test_fooled_images_are_shown_unless_others_are_asked_for(benched: tuple[Path, Record]) -> None:
+    results, _ = benched
+    for which, answers in (("fooled", {"(is"}), ("robust", {"(right)"})):
+        figure = draw("examples", results, Choice(images=3, which=which))  # type: ignore[arg-type]
+        assert {axis.get_xlabel().split()[2] for axis in figure.axes[1::3]} == answers
+        assert {axis.get_xlabel().split()[2] for axis in figure.axes[::3]} == {"(right)"}
+
+
 def test_a_moved_results_folder_still_shows_its_examples(benched: tuple[Path, Record], tmp_path: Path) -> None:
     results, made = benched
     (tmp_path / "moved").symlink_to(results)
     elsewhere = dataclasses.replace(made, checkpoint=f"gone/{Path(str(made.checkpoint)).name}")
-    assert attacked_again(elsewhere, tmp_path / "moved", count=1).unlike == 0
+    assert attacked_again(elsewhere, tmp_path / "moved", [0]).unlike == 0
     with pytest.raises(UsageError, match="is not there; run what made the record again"):
-        attacked_again(elsewhere, tmp_path, count=1)
+        attacked_again(elsewhere, tmp_path, [0])
 
 
 @pytest.mark.parametrize(
     ("choice", "told"),
     [
-        (Choice(image=30), "the record has images 0 to 29"),
+        (Choice(image=30), "images that are fooled, from 0; choose others with --which"),
         (Choice(record=Path("no/such.json")), "--record no/such.json"),
+        (Choice(record=Path(__file__).parent), "--record"),
         (Choice(method=("adp",)), "none of the 1 records fit --method adp"),
     ],
 )
@@ -423,6 +466,14 @@ def test_other_formats_are_refused_before_anything_is_drawn(tmp_path: Path, name
     assert "ends in .png or .svg" in result.stderr
 
 
+@pytest.mark.parametrize(("option", "value"), [("--seed", "1.5"), ("--seed", "x"), ("--eps", "x"), ("--eps", "")])
+def test_a_filter_that_is_no_number_is_refused_by_name(tmp_path: Path, option: str, value: str) -> None:
+    filled(tmp_path, record())
+    result = ens("robustness", "--results", tmp_path, option, value)
+    assert result.exit_code == 2
+    assert (option if value else "empty item") in result.stderr
+
+
 def test_a_figure_lands_in_the_results_folder_unless_told_otherwise(tmp_path: Path) -> None:
     filled(tmp_path, record())
     assert ens("robustness", "--results", tmp_path).stdout.strip() == str(tmp_path / "figures" / "robustness.svg")
@@ -447,8 +498,15 @@ def test_filters_that_keep_nothing_are_told_what_there_is(tmp_path: Path) -> Non
     assert "linf 0.1, linf 0.2" in result.stderr
 
 
+def test_one_measurement_by_two_versions_of_the_code_is_not_drawn_twice(tmp_path: Path) -> None:
+    detected(tmp_path)
+    detected(tmp_path, auc=0.76)
+    with pytest.raises(UsageError, match="the same measurement by different code; delete the older one"):
+        draw("roc", tmp_path)
+
+
 def test_an_unknown_kind_is_told_the_nearest() -> None:
-    result = ens("robustnes")
+    result = ens("robust")
     assert result.exit_code == 2
     assert "did you mean 'robustness'" in result.stderr
 
@@ -481,10 +539,9 @@ def test_figures_are_drawn_without_torch(tmp_path: Path) -> None:
     surface(tmp_path)
     script = f"""
 import sys
-from pathlib import Path
-from ensdef.plots import draw, save
+from ensdef.cli import cli, plot
 for kind in ("robustness", "roc", "entropy", "surface"):
-    save(draw(kind, Path({str(tmp_path)!r})), Path({str(tmp_path)!r}, kind + ".png"))
+    cli(["plot", kind, "--results", {str(tmp_path)!r}], standalone_mode=False)
 assert "torch" not in sys.modules, "torch was imported"
 assert "matplotlib.pyplot" not in sys.modules, "pyplot wants a display"
 """

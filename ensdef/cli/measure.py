@@ -14,7 +14,7 @@ import click
 
 from ensdef.cli import cli
 from ensdef.errors import UsageError
-from ensdef.notation import fraction, parse_call, split_list
+from ensdef.notation import convert, parse_call, split_list
 from ensdef.protocol import load_protocol, with_methods
 
 if TYPE_CHECKING:
@@ -99,10 +99,10 @@ def measure(
 
 
 def _seeds(text: str) -> tuple[int, ...]:
-    numbers = [fraction(part, "seed") for part in split_list(text)]
-    if any(number.denominator != 1 or not 0 <= number < 2**63 for number in numbers):
+    numbers = tuple(int(convert(part, int, "seed")) for part in split_list(text))
+    if not all(0 <= number < 2**63 for number in numbers):
         raise UsageError(f"seed is {text}; expected whole numbers from 0 to 2^63 - 1")
-    return tuple(int(number) for number in numbers)
+    return numbers
 
 
 def _table(made: Sequence[Measurement]) -> str:

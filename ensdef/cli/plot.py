@@ -9,7 +9,7 @@ import click
 
 from ensdef.cli import cli
 from ensdef.errors import UsageError
-from ensdef.notation import fraction, split_list
+from ensdef.notation import convert, split_list
 
 
 @cli.command()
@@ -27,6 +27,9 @@ from ensdef.notation import fraction, split_list
 @click.option("--record", type=click.Path(path_type=Path), help="Of examples: the record.")
 @click.option("--image", type=click.IntRange(min=0), default=0, help="Of surface and examples: the first image [0].")
 @click.option("--images", type=click.IntRange(min=1), default=5, help="Of examples: how many [5].")
+@click.option(
+    "--which", type=click.Choice(["fooled", "robust", "all"]), default="fooled", help="Of examples: of which [fooled]."
+)
 @click.option("--style", type=click.Choice(["contour", "3d"]), default="contour", help="Of surface [contour].")
 def plot(kind: str | None, every: bool, results: Path, out: Path | None, **given: Any) -> None:
     """Draw a figure of a KIND from the files in the results folder.
@@ -51,6 +54,6 @@ def plot(kind: str | None, every: bool, results: Path, out: Path | None, **given
 
     for name in ("method", "attack", "eps", "seed"):
         given[name] = tuple(split_list(given[name])) if given[name] is not None else ()
-    given["seed"] = tuple(int(fraction(part, "--seed")) for part in given["seed"])
+    given["seed"] = tuple(convert(part, int, "--seed") for part in given["seed"])
     save(draw(kind, results, Choice(**given)), path)
     click.echo(str(path))

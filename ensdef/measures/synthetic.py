@@ -35,9 +35,9 @@ class Xor(Measure):
     """Two linear experts with a gate against one linear average, on noisy XOR.
 
     Values: ``oracle_mse`` and ``accuracy`` (fraction) of the experts on fresh points, ``averaged_mse`` and
-    ``averaged_accuracy`` of the average; ``best_oracle_mse`` and ``best_accuracy``, what opposite experts and the sign
-    of the product reach. Series: signs of the answers on a map (y by x, both ``axis``), ``experts``, ``average``, and
-    ``chosen`` (which expert answers); some ``points`` with their ``labels``.
+    ``averaged_accuracy`` of the average; ``opposite_mse``, of two opposite experts that answer a half-plane each, and
+    ``bayes_accuracy``, which nothing exceeds but by chance. Series: signs of the answers on a map (y by x, both
+    ``axis``), ``experts``, ``average``, and ``chosen`` (which expert answers); some ``points`` with their ``labels``.
     """
 
     @dataclass(frozen=True)
@@ -72,8 +72,8 @@ class Xor(Measure):
         return Measured(
             {
                 **dataclasses.asdict(result),
-                "best_oracle_mse": xor_oracle_mse(variance),
-                "best_accuracy": xor_bayes_accuracy(variance) if variance else 1.0,
+                "opposite_mse": xor_oracle_mse(variance),
+                "bayes_accuracy": xor_bayes_accuracy(variance) if variance else 1.0,
             },
             series={
                 "axis": axis.tolist(),

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 from typing import Any, Literal
 
 from ensdef.errors import UsageError
+from ensdef.keys import canonical
 from ensdef.measurement import Measurement, Measurements
 from ensdef.notation import fraction
 from ensdef.records import Record, Store
@@ -28,7 +29,8 @@ class Choice:
         seed: training seeds.
         record: of ``examples``: the file.
         image: of ``surface`` and ``examples``: which of the images comes first, from 0.
-        images: of ``examples``: how many are shown.
+        images, which: of ``examples``: how many are shown, and of which: right on the clean image and ``fooled``,
+            ``robust``, or ``all``.
         style: of ``surface``.
     """
 
@@ -42,6 +44,7 @@ class Choice:
     record: Path | None = None
     image: int = 0
     images: int = 5
+    which: Literal["fooled", "robust", "all"] = "fooled"
     style: Literal["contour", "3d"] = "contour"
 
     def records(self, results: Path, command: str) -> list[Record]:
@@ -71,7 +74,15 @@ class Choice:
                 f"no {name} measurements in {results}; run `{command}`, or name another folder with --results"
             )
         attacked = [(one, str(one.params.get("attack", ""))) for one in found]
-        return self._some([one for one, attack in attacked if self._keeps(one, attack, attack)], found, name)
+        kept = self._some([one for one, attack in attacked if self._keeps(one, attack, attack)], found, name)
+        seen: dict[str, Measurement] = {}
+        for one in kept:
+            if (other := seen.setdefault(_identity(one), one)) is not one:
+                first, second = (f"{each.path} (of {each.provenance.get('date')})" for each in (other, one))
+                raise UsageError(
+                    f"{first} and {second} are the same measurement by different code; delete the older one"
+                )
+        return kept
 
     def _keeps(self, one: Record | Measurement, attack: str, attack_label: str) -> bool:
         radii = {fraction(text, "--eps") for text in self.eps}
@@ -101,9 +112,25 @@ class Choice:
         )
 
 
+def _identity(one: Measurement) -> str:
+    """What was measured, whatever the code that did it."""
+    trained = (one.label, one.dataset, one.architecture, one.members, one.training.get("key"))
+    return canonical([one.name, one.params, trained, one.norm, str(radius(one)), one.combiner, one.seed, one.n])
+
+
 def radius(one: Record | Measurement) -> Fraction | None:
     """The attacker's radius as an exact number."""
     return None if one.eps is None else fraction(one.eps, "eps")
+
+
+def telling(traits: Sequence[Mapping[str, str]], first: str = "method") -> list[str]:
+    """Names of the traits that it takes to tell things apart, after ``first`` in their order, as few as possible."""
+    told = [first]
+    for name in traits[0]:
+        apart = len({tuple(trait[other] for other in told) for trait in traits})
+        if len({(*(trait[other] for other in told), trait[name]) for trait in traits}) > apart:
+            told.append(name)
+    return told
 
 
 def listed(values: Iterable[Any]) -> str:

@@ -8,7 +8,7 @@ from pathlib import Path
 from matplotlib.figure import Figure
 
 from ensdef.measurement import Measurement
-from ensdef.plots.choice import Choice, listed
+from ensdef.plots.choice import Choice, listed, telling
 from ensdef.plots.kinds import KINDS
 from ensdef.plots.style import COLOURS, HEIGHT, WIDTH, caption, line_style, new_figure, styled
 
@@ -18,7 +18,7 @@ COLUMNS = 3
 
 def draw_roc(results: Path, choice: Choice) -> Figure:
     """One curve for each measurement, with its area in the legend."""
-    found = choice.measurements(results, "detection", KINDS["roc"].command)
+    found = _ordered(choice.measurements(results, "detection", KINDS["roc"].command))
     with styled():
         figure = new_figure(WIDTH, HEIGHT)
         axis = figure.subplots()
@@ -35,7 +35,7 @@ def draw_roc(results: Path, choice: Choice) -> Figure:
         axis.set_xlim(0, 1)
         axis.set_ylim(0, 1.01)
         axis.set_aspect("equal")
-        axis.set_xlabel("clean images taken for attacked ones (fraction)")
+        axis.set_xlabel("false alarms on clean images (fraction)")
         axis.set_ylabel("attacked images found (fraction)")
         axis.legend(
             loc="upper left", bbox_to_anchor=(1.0, 1.0), fontsize=8, title="area under the curve", alignment="left"
@@ -46,7 +46,7 @@ def draw_roc(results: Path, choice: Choice) -> Figure:
 
 def draw_entropy(results: Path, choice: Choice) -> Figure:
     """One panel for each measurement: how entropy is spread over clean and over attacked images."""
-    found = choice.measurements(results, "detection", KINDS["entropy"].command)
+    found = _ordered(choice.measurements(results, "detection", KINDS["entropy"].command))
     columns = min(COLUMNS, len(found))
     rows = -(-len(found) // columns)
     with styled():
@@ -70,6 +70,13 @@ def draw_entropy(results: Path, choice: Choice) -> Figure:
     return figure
 
 
+def _ordered(found: Sequence[Measurement]) -> list[Measurement]:
+    """By method, then by attack, then by radius."""
+    return sorted(
+        found, key=lambda one: (str(one.label), str(one.params["attack"]), one.norm or "", one.eps_value or 0)
+    )
+
+
 def names(found: Sequence[Measurement]) -> list[str]:
     """What tells measurements apart, shortest form: the method, and whatever else differs between them."""
     traits = [
@@ -89,20 +96,18 @@ def names(found: Sequence[Measurement]) -> list[str]:
         }
         for one in found
     ]
-    told = ["method"]
-    for name in traits[0]:
-        apart = len({tuple(trait[other] for other in told) for trait in traits})
-        if len({(*(trait[other] for other in told), trait[name]) for trait in traits}) > apart:
-            told.append(name)
+    told = telling(traits)
     return [", ".join(trait[name] for name in told if trait[name]) for trait in traits]
 
 
 def _told(found: Sequence[Measurement]) -> str:
-    told = (
-        f"{one.params['attack']}, {one.params['steps']} steps of {one.params['step_size']}, {one.norm} {one.eps}"
-        for one in found
+    attacks = listed(
+        f"{one.params['attack']} with {one.params['steps']} steps of {one.params['step_size']}" for one in found
+    )
+    radii = listed(
+        f"{one.norm} {one.eps}" for one in sorted(found, key=lambda one: (one.norm or "", one.eps_value or 0))
     )
     return (
         f"{listed(one.dataset for one in found)}; n = {listed(one.n for one in found)} clean test images and as many "
-        f"attacked ones ({listed(told)})."
+        f"attacked ones ({attacks}; radius {radii})."
     )

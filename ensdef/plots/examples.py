@@ -7,6 +7,7 @@ whole batches).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,7 @@ class Examples:
         ids: positions in the test set, (N,).
         clean, attacked: (N, C, H, W) in [0, 1].
         labels, before, after: true classes and answers on clean and on attacked images, (N,).
+        classes: names of the classes.
         unlike: number of images whose verdict is not the record's.
     """
 
@@ -42,26 +44,37 @@ class Examples:
     labels: list[int]
     before: list[int]
     after: list[int]
+    classes: tuple[str, ...]
     unlike: int
 
 
 def draw(results: Path, choice: Choice) -> Figure:
     """Rows: images. Columns: clean, attacked, and the difference as large as it can be shown."""
     record = _the_one(results, choice)
-    last = record.n - 1
-    if not 0 <= choice.image <= last:
-        raise UsageError(f"--image is {choice.image}; the record has images 0 to {last}")
     if choice.images < 1:
         raise UsageError(f"--images is {choice.images}; expected at least 1")
-    return figure_of(record, attacked_again(record, results, choice.image, choice.images))
+    found = _of_kind(record, choice.which)
+    if not 0 <= choice.image < len(found):
+        raise UsageError(
+            f"--image is {choice.image}, and the record has {len(found)} images that are {choice.which}, from 0; "
+            "choose others with --which all, fooled or robust"
+        )
+    return figure_of(record, attacked_again(record, results, found[choice.image : choice.image + choice.images]))
+
+
+def _of_kind(record: Record, which: str) -> list[int]:
+    """Positions in the record's outcomes of the images that are fooled, robust, or all."""
+    wanted = {"fooled": {(1, 0)}, "robust": {(1, 1)}, "all": {(0, 0), (1, 0), (1, 1)}}[which]
+    verdicts = zip(record.outcomes.get("clean", []), record.outcomes.get("robust", []), strict=True)
+    return [position for position, verdict in enumerate(verdicts) if verdict in wanted]
 
 
 def _the_one(results: Path, choice: Choice) -> Record:
     if choice.record is not None:
         try:
             return Record.from_json(choice.record.read_text(encoding="utf-8"), choice.record)
-        except OSError as error:
-            raise UsageError(f"--record {choice.record}: {error.strerror}") from error
+        except (OSError, UnicodeDecodeError) as error:
+            raise UsageError(f"--record {choice.record} cannot be read: {error}") from error
     found = choice.records(results, KINDS["examples"].command)
     if len(found) > 1:
         shown = ", ".join(str(record.path) for record in found[:3])
@@ -72,8 +85,8 @@ def _the_one(results: Path, choice: Choice) -> Record:
     return found[0]
 
 
-def attacked_again(record: Record, results: Path, first: int = 0, count: int = 5) -> Examples:
-    """Run a record's attack on its images ``first`` ... ``first + count - 1``, on the CPU.
+def attacked_again(record: Record, results: Path, positions: Sequence[int]) -> Examples:
+    """Run a record's attack on the images at these positions in its outcomes, on the CPU.
 
     Raises:
         UsageError: the record has an error, or its attack needs surrogates.
@@ -106,19 +119,23 @@ def attacked_again(record: Record, results: Path, first: int = 0, count: int = 5
             f"{record.attack_label} crafts on other networks; give the record of an attack on the defence itself"
         )
     defense, data = load_checkpoint(folder), reload_data(data_spec(folder))
-    positions = slice(first, first + count)
-    ids = torch.tensor(record.outcomes["ids"][positions])
+    ids = torch.tensor([record.outcomes["ids"][position] for position in positions])
     test = data.test.select(ids)
     outcome = attack_model(defense, test.x(), test.labels, spec, ids=ids, health="off")
     model = recombined(defense, spec.combiner)
     with torch.no_grad():
         before, after = (model(x).argmax(dim=1).tolist() for x in (test.x(), outcome.x_adv))
-    unlike = sum(
-        verdict != told
-        for verdict, told in zip(outcome.robust.int().tolist(), record.outcomes["robust"][positions], strict=True)
-    )
+    told = [record.outcomes["robust"][position] for position in positions]
+    unlike = sum(verdict != other for verdict, other in zip(outcome.robust.int().tolist(), told, strict=True))
     return Examples(
-        ids.tolist(), test.x().numpy(), outcome.x_adv.cpu().numpy(), test.labels.tolist(), before, after, unlike
+        ids.tolist(),
+        test.x().numpy(),
+        outcome.x_adv.cpu().numpy(),
+        test.labels.tolist(),
+        before,
+        after,
+        data.classes,
+        unlike,
     )
 
 
@@ -149,8 +166,9 @@ def figure_of(record: Record, shown: Examples) -> Figure:
             show_picture(attacked, shown.attacked[row])
             show_picture(difference_, 0.5 + difference[row] / (2 * largest))
             clean.set_ylabel(f"image {shown.ids[row]}", fontsize=8)
-            clean.set_xlabel(_answer(shown.before[row], shown.labels[row]), fontsize=8)
-            attacked.set_xlabel(_answer(shown.after[row], shown.labels[row]), fontsize=8)
+            label, *answers = (shown.classes[part[row]] for part in (shown.labels, shown.before, shown.after))
+            for axis, answer in zip((clean, attacked), answers, strict=True):
+                axis.set_xlabel(_answer(answer, label), fontsize=8)
         for axis, title in zip(axes[0], ("clean", "attacked", f"difference x {0.5 / largest:.3g}"), strict=True):
             axis.set_title(title, loc="left", fontsize=9)
         radius = f", {record.norm} {record.eps}" if record.norm else ""
@@ -163,5 +181,5 @@ def figure_of(record: Record, shown: Examples) -> Figure:
     return figure
 
 
-def _answer(answer: int, label: int) -> str:
-    return f"{label}: right" if answer == label else f"{label}: taken for {answer}"
+def _answer(answer: str, label: str) -> str:
+    return f"answers {answer} (right)" if answer == label else f"answers {answer} (is {label})"

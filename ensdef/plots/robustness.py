@@ -15,11 +15,13 @@ from matplotlib.figure import Figure
 from ensdef.errors import UsageError
 from ensdef.metrics import binomial_stderr
 from ensdef.notation import fraction
-from ensdef.plots.choice import Choice, listed, radius
+from ensdef.plots.choice import Choice, listed, radius, telling
 from ensdef.plots.kinds import KINDS
-from ensdef.plots.style import HEIGHT, WIDTH, caption, line_style, new_figure, styled
+from ensdef.plots.style import HEIGHT, caption, line_style, new_figure, styled
 from ensdef.records import Record
 
+#: Inches of a panel's width, of a letter in the legend, and of a line there.
+PANEL, LETTER, ENTRY = 4.2, 0.065, 0.17
 #: Radii up to this many are written at the axis as the user wrote them.
 TICKS = 9
 
@@ -51,14 +53,20 @@ def draw(results: Path, choice: Choice) -> Figure:
     panels: dict[tuple[str, str], list[Record]] = defaultdict(list)
     for record in records:
         panels[record.dataset, str(record.norm)].append(record)
+    found = {panel: lines(group) for panel, group in panels.items()}
+    # a method looks the same in every panel
+    labels = list(dict.fromkeys(line.label for drawn in found.values() for line in drawn))
+    styles = {label: line_style(index) for index, label in enumerate(labels)}
     with styled():
-        figure = new_figure(WIDTH * len(panels), HEIGHT)
+        longest = max(map(len, labels))
+        figure = new_figure(PANEL * len(panels) + LETTER * longest + 0.6, max(HEIGHT, ENTRY * len(labels) + 0.8))
         axes = figure.subplots(1, len(panels), squeeze=False)[0]
         for axis, ((dataset, norm), group) in zip(axes, panels.items(), strict=True):
-            found = lines(group)
-            _panel(axis, found, group, norm)
+            _panel(axis, found[dataset, norm], styles, group, norm)
             if len(panels) > 1:
                 axis.set_title(f"{dataset}, {norm}", loc="left", fontsize=9)
+        handles = {handle.get_label(): handle for axis in axes for handle in axis.get_lines()}
+        figure.legend([handles[label] for label in labels], labels, loc="outside right upper", fontsize=8)
         caption(figure, _told(records))
     return figure
 
@@ -71,7 +79,7 @@ def lines(records: Sequence[Record]) -> list[Line]:
     """
     groups: dict[tuple[str, ...], list[Record]] = defaultdict(list)
     traits = [_traits(record, _versions(records)) for record in records]
-    told = [name for name in traits[0] if name == "method" or len({trait[name] for trait in traits}) > 1]
+    told = telling(traits)
     for record, trait in zip(records, traits, strict=True):
         groups[tuple(trait[name] for name in told)].append(record)
     found = []
@@ -160,12 +168,14 @@ def _trained_as_attacked(record: Record) -> bool:
         return False
 
 
-def _panel(axis: Axes, found: Sequence[Line], records: Sequence[Record], norm: str) -> None:
-    for index, line in enumerate(found):
+def _panel(
+    axis: Axes, found: Sequence[Line], styles: Mapping[str, Mapping[str, str]], records: Sequence[Record], norm: str
+) -> None:
+    for line in found:
         eps = [point.eps for point in line.points]
         percent = [100 * point.accuracy for point in line.points]
-        style = line_style(index)
-        axis.plot(eps, percent, label=line.label, **style)  # type: ignore[arg-type]
+        style = styles[line.label]
+        axis.plot(eps, percent, label=line.label, clip_on=False, **style)  # type: ignore[arg-type]
         low, high = ([100 * (p.accuracy + sign * p.stderr) for p in line.points] for sign in (-1, 1))
         axis.fill_between(eps, low, high, color=style["color"], alpha=0.15, linewidth=0)
     written = {float(fraction(str(record.eps), "eps")): str(record.eps) for record in records}
@@ -176,7 +186,6 @@ def _panel(axis: Axes, found: Sequence[Line], records: Sequence[Record], norm: s
     axis.set_ylim(0, 100)
     axis.set_xlabel(f"radius of the attack ({norm}, images in [0, 1])")
     axis.set_ylabel("accuracy in percent")
-    axis.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), borderaxespad=0.3, fontsize=8)
 
 
 def _told(records: Sequence[Record]) -> str:

@@ -10,18 +10,24 @@ from matplotlib.axes import Axes
 from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
+from matplotlib.ticker import MaxNLocator
 
 from ensdef.errors import UsageError
 from ensdef.measurement import Measurement
 from ensdef.plots.choice import Choice
 from ensdef.plots.detection import names
 from ensdef.plots.kinds import KINDS
-from ensdef.plots.style import COLOURS, caption, new_figure, styled
+from ensdef.plots.style import caption, new_figure, styled
 
 #: Inches of a panel, and levels of the contours.
 PANEL, LEVELS = 2.3, 14
 #: The true class is light, so that every other stands out.
 TRUE_CLASS = "#e8e8e8"
+#: Paul Tol's muted colours, which colour-blind readers can tell apart: as many as ten classes have wrong ones.
+CLASSES = (
+    *("#332288", "#88CCEE", "#44AA99", "#117733", "#999933"),
+    *("#DDCC77", "#CC6677", "#882255", "#AA4499"),
+)
 
 
 def draw(results: Path, choice: Choice) -> Figure:
@@ -38,17 +44,21 @@ def draw(results: Path, choice: Choice) -> Figure:
         figure = new_figure(3.4 * PANEL, len(networks) * PANEL)
         grid = figure.add_gridspec(len(networks), 3)
         _pictures(figure, grid, one, choice.image)
-        shared = np.linspace(float(loss.min()), max(float(loss.max()), float(loss.min()) + 1e-6), LEVELS)
+        low, high = float(loss.min()), max(float(loss.max()), float(loss.min()) + 1e-6)
+        shared = np.asarray(MaxNLocator(LEVELS).tick_values(low, high))
+        others = [int(value) for value in np.unique(predicted) if value != label]
         panels: list[Any] = []
         for row, name in enumerate(networks):
             axis = figure.add_subplot(grid[row, 1], projection="3d" if choice.style == "3d" else None)
             panels.append(_loss(axis, offsets, loss[row], shared))
             axis.set_title(f"{name}: loss", loc="left", fontsize=9)
             classes = figure.add_subplot(grid[row, 2])
-            _classes(classes, offsets, predicted[row], label)
+            _classes(classes, offsets, predicted[row], label, others)
+            if row == 0:
+                _key(classes, label, others)
             classes.set_title(f"{name}: class", loc="left", fontsize=9)
         bars = [axis for axis in figure.axes if axis.get_title(loc="left").endswith(": loss")]
-        figure.colorbar(panels[0], ax=bars, label="cross-entropy in nats", shrink=0.6)
+        figure.colorbar(panels[0], ax=bars, label="cross-entropy in nats", location="bottom", aspect=25)
         caption(figure, _told(one, choice.image, label))
     return figure
 
@@ -107,21 +117,33 @@ def _loss(axis: Any, offsets: np.ndarray[Any, Any], loss: np.ndarray[Any, Any], 
     return drawn
 
 
-def _classes(axis: Axes, offsets: np.ndarray[Any, Any], predicted: np.ndarray[Any, Any], label: int) -> None:
-    others = [int(value) for value in np.unique(predicted) if value != label]
+def _classes(
+    axis: Axes, offsets: np.ndarray[Any, Any], predicted: np.ndarray[Any, Any], label: int, others: list[int]
+) -> None:
     codes = np.zeros_like(predicted)
     for code, other in enumerate(others, start=1):
         codes[predicted == other] = code
-    colours = [TRUE_CLASS, *(COLOURS[index % len(COLOURS)] for index in range(len(others)))]
+    colours = [TRUE_CLASS, *(colour_of(index) for index in range(len(others)))]
     axis.pcolormesh(offsets, offsets, codes, cmap=ListedColormap(colours), vmin=-0.5, vmax=len(colours) - 0.5)
-    handles = [Patch(color=TRUE_CLASS, label=f"{label} (true)")]
-    handles += [Patch(color=colour, label=str(other)) for colour, other in zip(colours[1:], others, strict=True)]
-    axis.legend(handles=handles, fontsize=7, loc="upper left", bbox_to_anchor=(1.0, 1.0), borderaxespad=0.2)
     _plane(axis)
+    axis.set_xlim(offsets[0], offsets[-1])
+    axis.set_ylim(offsets[0], offsets[-1])
+
+
+def _key(axis: Axes, label: int, others: list[int]) -> None:
+    """Which colour is which class, the same for all networks."""
+    handles = [Patch(color=TRUE_CLASS, label=f"{label} (true)")]
+    handles += [Patch(color=colour_of(index), label=str(other)) for index, other in enumerate(others)]
+    axis.legend(handles=handles, fontsize=7, loc="upper left", bbox_to_anchor=(1.0, 1.0), borderaxespad=0.2)
+
+
+def colour_of(index: int) -> str:
+    """Of the wrong class with this number."""
+    return CLASSES[index % len(CLASSES)]
 
 
 def _plane(axis: Axes) -> None:
-    axis.plot([0], [0], marker="+", color="black", markersize=7)
+    axis.plot([0], [0], marker="P", markerfacecolor="white", markeredgecolor="black", markersize=6)
     axis.set_aspect("equal")
     axis.grid(False)
     axis.set_xlabel("v in radii")
