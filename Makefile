@@ -22,8 +22,10 @@ tables:
 SCALE = smoke
 RESULTS = results
 replicate:
-	set -e; for table in $(basename $(notdir $(wildcard benchmarks/papers/*.toml))); do \
-	    ensdef run $$table --scale $(SCALE) --results $(RESULTS) $(if $(DATA),--data-dir $(DATA)); done
+	@failed=; for table in $(basename $(notdir $(wildcard benchmarks/papers/*.toml))); do \
+	    ensdef run $$table --scale $(SCALE) --results $(RESULTS) $(if $(DATA),--data-dir $(DATA)) \
+	    || failed="$$failed $$table"; done; \
+	test -z "$$failed" || { echo "failed:$$failed"; exit 1; }
 
 # benchmarks/speed/README.md; DATA=folder of images (default: the digits), CHECKPOINT=folder of a trained defence
 SUBJECT = $(if $(DATA),--data-dir $(DATA)) $(if $(CHECKPOINT),--checkpoint $(CHECKPOINT))

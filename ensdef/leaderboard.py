@@ -12,7 +12,7 @@ from typing import Any
 
 from ensdef.errors import UsageError
 from ensdef.records import Record
-from ensdef.statistics import Comparison, Estimate, Outcomes, estimate
+from ensdef.statistics import Estimate, Outcomes, PairedTests, estimate
 
 
 @dataclass(frozen=True)
@@ -88,13 +88,13 @@ def standings(records: Sequence[Record]) -> list[Standing]:
     rows = [_Row(group, names) for group in groups.values()]
     rows.sort(key=lambda row: -_mean(row.outcomes()))
     ranked = [row for row in rows if row.outcomes()]
-    comparison = Comparison([row.outcomes() for row in ranked])
+    comparison = PairedTests([row.outcomes() for row in ranked])
     ranks, best = comparison.rank_ranges(), comparison.best()
     for row, its_ranks, is_best in zip(ranked, ranks, best, strict=True):
         row.ranks, row.best = its_ranks, is_best
     for column in dict.fromkeys(names.values()):
         measured = [row for row in rows if row.outcomes(column)]
-        for row, is_best in zip(measured, Comparison([row.outcomes(column) for row in measured]).best(), strict=True):
+        for row, is_best in zip(measured, PairedTests([row.outcomes(column) for row in measured]).best(), strict=True):
             row.best_under |= {column} if is_best else set()
     return [row.standing() for row in rows]
 

@@ -6,7 +6,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from ensdef.latex import latex_table
 from ensdef.measurement import Measurement
+
+_KEY = "Values ± standard error where there is one, on n images; `ensdef list measurements` tells what they are."
 
 
 def files(name: str, title: str, measurements: Sequence[Measurement], results: Path) -> dict[str, str]:
@@ -14,7 +17,7 @@ def files(name: str, title: str, measurements: Sequence[Measurement], results: P
     return {
         f"{name}.csv": csv(measurements, results),
         f"{name}.md": markdown(measurements, title),
-        f"{name}.tex": latex(measurements),
+        f"{name}.tex": latex_table(_rows(measurements), name=name, title=title, notes=[_KEY]),
     }
 
 
@@ -53,16 +56,7 @@ def markdown(measurements: Sequence[Measurement], title: str) -> str:
     from tabulate import tabulate
 
     text = tabulate(_rows(measurements), headers="keys", tablefmt="github", disable_numparse=True)
-    note = "Values ± standard error where there is one, on n images; `ensdef list measurements` tells what they are."
-    return f"# {title}\n\n{text}\n\n{note}\n"
-
-
-def latex(measurements: Sequence[Measurement]) -> str:
-    """The same rows with booktabs rules."""
-    import pandas as pd
-
-    styler = pd.DataFrame(_rows(measurements)).style.hide(axis="index")
-    return str(styler.format(escape="latex").format_index(escape="latex", axis="columns").to_latex(hrules=True))
+    return f"# {title}\n\n{text}\n\n{_KEY}\n"
 
 
 def _rows(measurements: Sequence[Measurement]) -> list[dict[str, str]]:

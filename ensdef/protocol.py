@@ -117,7 +117,7 @@ def grid_of(file: ProtocolFile, scale: str | None = None) -> Protocol:
     try:
         return parse_protocol(file.content, file.name, scale)
     except Refusal as refusal:
-        raise file.refuse(refusal) from refusal
+        raise file.refuse(refusal, scale) from refusal
 
 
 def parse_protocol(content: Mapping[str, Any], name: str, scale: str | None = None) -> Protocol:
@@ -152,30 +152,39 @@ def parse_protocol(content: Mapping[str, Any], name: str, scale: str | None = No
 
 
 def _at_scale(content: Mapping[str, Any], scale: Scale) -> dict[str, Any]:
-    """A grid that is written for a paper's data set and network, on what the scale puts in their place."""
-    stand_in = scale.dataset(str(content.get("dataset", "cifar10")))
-    norm = str(content.get("norm", "linf"))
+    """A grid that is written for a paper's data set, network and radii, on what the scale puts in their place.
 
-    def radii(value: Any, norm: str = norm) -> Any:
-        texts = _radii(value, "a radius")
-        return None if texts is None else [stand_in.radius(text, norm) for text in texts]
+    What the protocol says under ``[scales.<name>]`` is in the paper's terms too; its own recipe prevails.
+    """
+    for key, recipe in (("recipe", content.get("recipe", {})), ("recipe", scale.settings.get("recipe", {}))):
+        if not isinstance(recipe, Mapping):
+            raise Refusal(key, f"recipe is {recipe!r}; expected a table of training settings")
+    joined = {**content, **scale.settings}
+    joined["recipe"] = layered(scale.settings.get("recipe", {}), content.get("recipe", {}))
+    stand_in = scale.dataset(str(joined.get("dataset", "cifar10")))
+    norm = str(joined.get("norm", "linf"))
 
-    there: dict[str, Any] = {"dataset": stand_in.name, "scale": scale.name}
-    if (architecture := scale.architecture(str(content.get("arch", "")))) is not None:
-        there["arch"] = architecture
-    if "eps" in content:
-        there["eps"] = radii(content["eps"])
-    if content.get("train_eps", "eps") != "eps":
-        there["train_eps"] = radii(content["train_eps"])[0]
-    if isinstance(content.get("attacks"), list):
-        there["attacks"] = [
+    def radii(value: Any, norm: str = norm) -> list[str]:
+        return [stand_in.radius(text, norm) for text in _radii(value, "a radius") or ()]
+
+    joined |= {"dataset": stand_in.name, "scale": scale.name}
+    if (architecture := scale.architecture(str(joined.get("arch", "")))) is not None:
+        joined["arch"] = architecture
+    if "eps" in joined:
+        joined["eps"] = radii(joined["eps"])
+    if "train_eps" in joined:
+        try:
+            joined["train_eps"] = stand_in.radius(str(joined["train_eps"]), norm)
+        except UsageError as error:
+            raise Refusal("train_eps", f"train_eps: {error}") from error
+    if isinstance(joined.get("attacks"), list):
+        joined["attacks"] = [
             {**column, "eps": radii(column["eps"], str(column.get("norm", norm)))}
             if isinstance(column, Mapping) and "eps" in column
             else column
-            for column in content["attacks"]
+            for column in joined["attacks"]
         ]
-    recipes = {"recipe": layered(scale.settings.get("recipe", {}), content.get("recipe", {}))}
-    return {**content, **scale.settings, **recipes, **there}
+    return joined
 
 
 def chosen_scale(scales: Any, asked: str | None, name: str) -> str | None:

@@ -35,19 +35,25 @@ class ProtocolFile:
     text: str
     content: dict[str, Any]
 
-    def refuse(self, refusal: Refusal) -> UsageError:
-        """The error that tells a reader where to look."""
-        line = self.line_of(refusal.key)
+    def refuse(self, refusal: Refusal, scale: str | None = None) -> UsageError:
+        """The error that tells a reader where to look; a key that the scale has is looked for there."""
+        line = self.line_of(refusal.key, scale)
         return UsageError(f"{self.shown}{f', line {line}' if line else ''}: {refusal}")
 
-    def line_of(self, key: str) -> int | None:
-        """The first line on which a key stands, as a key or as part of a table's name."""
-        bare = re.escape(key)
-        pattern = re.compile(rf"""(^|[{{,\s.\["'])({bare})["']?\s*(=|\.|\])""")
+    def line_of(self, key: str, scale: str | None = None) -> int | None:
+        """The first line on which a key stands, as a key or in a table's name; in the scale's part if it is there."""
+        pattern = re.compile(rf"""(^|[{{,\s.\["'])({re.escape(key)})["']?\s*(=|\.|\])""")
+        scales = list(self.content["scales"]) if isinstance(self.content.get("scales"), dict) else []
+        scale = scale or next(iter(scales), None)
+        inside, first = False, None
         for number, line in enumerate(self.text.splitlines(), start=1):
+            if line.startswith("["):
+                inside = line.lstrip("[").startswith(f"scales.{scale}")
             if pattern.search(line.split("#")[0]):
-                return number
-        return None
+                if inside:
+                    return number
+                first = first or number
+        return first
 
 
 def protocol_paths() -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -32,9 +33,14 @@ class StandIn:
     l2: Fraction = Fraction(1)
 
     def radius(self, printed: str, norm: str) -> str:
-        """A paper's radius on this data set: ``8/255`` times 51/8 is ``0.2``."""
+        """A paper's radius on this data set: ``8/255`` times 51/8 is ``0.2``; ``eps`` and ``uniform(a,b)`` as well."""
         factor = self.l2 if norm == "l2" else self.linf
-        return printed if factor == 1 else decimal(fraction(printed, "eps") * factor)
+        if factor == 1 or printed == "eps":
+            return printed
+        drawn = re.fullmatch(r"uniform\(([^,]+),([^,]+)\)", printed.replace(" ", ""))
+        if drawn:
+            return f"uniform({','.join(decimal(fraction(end, 'eps') * factor) for end in drawn.groups())})"
+        return decimal(fraction(printed, "eps") * factor)
 
 
 @dataclass(frozen=True)

@@ -84,7 +84,7 @@ def paired_p(a: Outcomes, b: Outcomes) -> float:
     return sign_test(*wins_and_losses(a, b))
 
 
-class Comparison:
+class PairedTests:
     """All pairs of rows, with Holm's correction for their number (Holm, Scandinavian Journal of Statistics 1979).
 
     Args:
@@ -141,7 +141,7 @@ def rank_ranges(rows: Sequence[Outcomes]) -> list[tuple[int, int]]:
     Raises:
         ValueError: rows over different numbers of images.
     """
-    return Comparison(rows).rank_ranges()
+    return PairedTests(rows).rank_ranges()
 
 
 def _images(outcomes: Outcomes) -> int:

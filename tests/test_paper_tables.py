@@ -21,7 +21,8 @@ from ensdef.errors import UsageError
 from ensdef.notation import fill, parse_call
 from ensdef.papers.comparison import Comparison, Entry, compare
 from ensdef.papers.orderings import Orderings, orderings
-from ensdef.papers.paper_table import PaperTable, is_paper_table, paper_table_of, parse_paper_table
+from ensdef.papers.paper_table import PaperTable
+from ensdef.papers.parsing import is_paper_table, paper_table_of, parse_paper_table
 from ensdef.papers.published import PublishedCell, published, published_table
 from ensdef.papers.text import csv, latex, markdown
 from ensdef.protocol import load_protocol, protocol_names
@@ -128,7 +129,7 @@ def test_a_protocol_asks_something_for_every_published_cell(name: str, scale: st
     asked = table(name, scale)
     questions = asked.questions()
     assert [question.cell for question in questions] == list(published_table(asked.published))
-    assert all(asked.id.endswith(scale) for _ in questions)
+    assert str(asked.id).endswith(scale)
     for question in questions:
         if question.cell.metric in ("accuracy", "robust_accuracy") and question.asked.measure is None:
             assert question.value == "robust_accuracy"
@@ -178,6 +179,46 @@ def test_one_model_for_every_radius_trains_at_the_radius_it_is_attacked_at() -> 
     assert {item.train_eps for item in asked if item.attack == "none"} == {"0.2"}
 
 
+@pytest.mark.parametrize("scale", SCALES)
+@pytest.mark.parametrize("name", ["cda2_table6", "soe_table4", "igat_table2"])
+def test_a_gain_is_counted_from_the_model_of_another_row(name: str, scale: str) -> None:
+    asked = table(name, scale)
+    by_row = {(q.cell.label, q.cell.architecture): q.asked for q in asked.questions() if q.derive is None}
+    for question in asked.questions():
+        if question.derive is None:
+            continue
+        assert question.against is not None
+        base = asked.rows[str(asked.row_of(question.cell).against)]  # type: ignore[union-attr]
+        assert question.against.method == base.method
+        if name != "igat_table2":  # whose originals have no row there
+            assert question.against == by_row["single", question.cell.architecture]
+            assert question.against.members == 1
+        else:
+            assert dataclasses.replace(question.asked, method=base.method) == question.against
+
+
+def test_cces_resnets_meet_drawn_radii_in_training_as_published_and_its_cnns_do_not() -> None:
+    asked = {(q.cell.architecture, q.asked.train_eps) for q in table("cce_table7", "paper").questions()}
+    assert asked == {("resnet20", "uniform(0.01,0.05)"), ("cnn", None)}
+    for name in ("cce_table3", "cce_table9"):
+        assert {q.asked.train_eps for q in table(name, "paper").questions()} == {"uniform(0.01,0.05)"}
+    for name in ("cce_table5", "cce_table10b", "cce_table13a", "cce_table13b"):
+        for scale in ("mini", "paper"):
+            assert {q.asked.train_eps for q in table(name, scale).questions()} == {"0.01"}
+
+
+def test_what_a_scale_says_of_a_grid_prevails_over_the_grid() -> None:
+    assert load_protocol("soe_phases", "mini").eps == ("0.03",)
+    boards = {scale: load_protocol("leaderboard", scale) for scale in SCALES}
+    surrogates = [column.call for board in boards.values() for column in board.attacks if "transfer" in column.call]
+    assert surrogates == [f"transfer30[architecture={arch}]" for arch in ("small_resnet", "resnet8", "resnet20")]
+
+
+def test_a_drawn_radius_is_scaled_at_both_ends() -> None:
+    assert StandIn("digits", linf=Fraction(4)).radius("uniform(0.01, 0.05)", "linf") == "uniform(0.04,0.2)"
+    assert StandIn("digits", linf=Fraction(4)).radius("eps", "linf") == "eps"
+
+
 def test_a_scale_changes_single_keys_and_adds_deviations() -> None:
     changed = load_scale("smoke", {"samples": 7, "members": {"8": 5}, "deviations": ["Fewer images."]})
     usual = load_scale("smoke", {})
@@ -222,14 +263,39 @@ def file(text: str) -> ProtocolFile:
         ('method = "soe"', 'metod = "soe"', r"line 6: row 'soe' is .*expected a method"),
         ('method = "soe"', 'method = "soe", member = 3', r"line 6: row 'soe' has no key 'member'; it has: against"),
         ('attack = "none"', 'attack = "pgd"', r"line 8: columns has nothing for attack 'none'"),
-        ('attack = "none"', 'attack = "none"\nderive = "ratio"', r"line 10: derive is 'ratio'; expected one of diff"),
+        (
+            'attack = "none"',
+            'attack = "none"\nderive = "ratio"',
+            r"line 10: a column\[derive\] is 'ratio'",
+        ),
         ('attack = "none"', 'call = "pgd"\nmeasure = "x"', r"line 10: a column has both call = 'pgd' and measure"),
-        ('attack = "none"', 'derive = "difference"', r"line 5: rows: 'soe' has no 'against'"),
+        ('attack = "none"', 'derive = "difference"', r"line 5: row 'soe' has against = None, which derive"),
         ("soe = {", "cce = {", r"line 5: rows has nothing for 'soe'"),
-        ("[scales.smoke]", "[scales.smoke]\nsamplse = 3", r"line 12: protocol mine has no key 'samplse'"),
+        ("[scales.smoke]", "[scales.smoke]\nsamplse = 3", r"line 12: \[scales.smoke\] has no key 'samplse'"),
         ("[scales.smoke]", "[scales.smoke]\nsamples = true", r"line 12: protocol mine: samples"),
         ("[scales.smoke]", '[scales.smoke.datasets.cifar10]\nname = "digits"\nlinf = "x"', r"line 13: linf"),
         ("[scales.smoke]", '[scales.smoke.members]\n8 = "three"', r"line 11: members has 'three' for '8'"),
+        (
+            "[scales.smoke]",
+            '[scales.smoke]\nmethods = ["nat"]',
+            r"line 12: \[scales.smoke\] has no key 'methods'",
+        ),
+        ("[scales.smoke]", "[scales.smoke]\nrows = 3", r"line 12: rows is 3; expected a table"),
+        ("[scales.smoke]", "[scales.smoke]\ncolumns = 3", r"line 12: columns is 3; expected a list"),
+        ("[scales.smoke]", "[scales.smoke]\nrecipe = 3", r"line 12: .*recipe is 3; expected a table"),
+        ('method = "soe"', 'method = "soe", recipe = 3', r"line 6: row 'soe': recipe is 3; expected a table"),
+        ('method = "soe"', 'method = "soe", arch = 3', r"line 6: row 'soe': arch is 3; expected a text"),
+        (
+            'method = "soe"',
+            'method = "soe", norm = "l7"',
+            r"line 6: row 'soe'\[norm\] is 'l7'; expected one",
+        ),
+        ('method = "soe"', 'method = "soe", train_eps = "x"', r"line 6: .*'x'"),
+        ('attack = "none"', 'attack = "none"\ncall = 3', r"line 10: a column: call is 3; expected a text"),
+        ('attack = "none"', 'attack = "none"\nvalue = "x"', r"line 10: a column has value = 'x' and no measure"),
+        ('attack = "none"', 'attack = "none"\n[[columns]]\nattack = "fog"', r"line 8: a column answers no cell of soe"),
+        ("[rows]", '[rows]\nadp = { method = "adp" }', r"line 6: row 'adp' is none of soe-appendix/table2"),
+        ("[rows]", '[combiners]\navg = "mean"\n[rows]', r"line 5: combiners has 'mean'; expected one of native"),
         ("[scales.smoke]", "", r"mine\.toml: protocol mine has no scales"),
     ],
 )
@@ -332,8 +398,11 @@ def test_several_trainings_give_their_mean_and_its_error(tmp_path: Path) -> None
     path.write_text(json.dumps(content))
     first = compare("mine-smoke", tmp_path).entries[0]
     assert first.ours == pytest.approx(75.0)
-    assert first.stderr == pytest.approx(100 * ((0.6 * 0.4 + 0.9 * 0.1) / 10) ** 0.5 / 2)
-    assert first.n == 20
+    # the image is the unit: six are right in both trainings, three in one, one in none
+    shares = [1.0] * 6 + [0.5] * 3 + [0.0]
+    variance = sum((share - 0.75) ** 2 for share in shares) / 10
+    assert first.stderr == pytest.approx(100 * (variance / 10) ** 0.5)
+    assert first.n == 10
 
 
 def test_a_failed_cell_is_a_dash_with_its_reason(tmp_path: Path) -> None:
@@ -409,11 +478,13 @@ def test_the_csv_has_every_published_cell_once_as_printed(tmp_path: Path) -> Non
     ]
 
 
-def test_the_latex_table_escapes_names_and_keeps_the_papers_bold(tmp_path: Path) -> None:
+def test_the_latex_table_has_numbers_images_and_deviations(tmp_path: Path) -> None:
     text = latex(answered(tmp_path))
-    assert text.startswith("% SoE, Table 4 (smoke)")
+    assert r"\caption{SoE, Table 4}" in text
     assert r"\toprule" in text
     assert r"60.0 $\pm$ 15.5 (65.0)" in text
+    assert "Digits." in text
+    assert "n = 10 images" in text
 
 
 def two_rows(tmp_path: Path, ours: tuple[list[int], list[int]]) -> tuple[Entry, ...]:
@@ -457,7 +528,7 @@ published = "soe-appendix/table4"
 
 [rows]
 single = { method = "nat", members = 1 }
-soe = { method = "nat", against = "nat", members = 2 }
+soe = { method = "nat", against = "single", members = 2 }
 
 [[columns]]
 metric = "accuracy"
@@ -500,7 +571,7 @@ def test_a_dry_run_of_a_paper_table_counts_cells_and_trains_nothing(tmp_path: Pa
     path.write_text(TINY, encoding="utf-8")
     ran = CliRunner().invoke(cli, ["run", str(path), "--results", str(results), "--dry-run", "--device", "cpu"])
     assert ran.exit_code == 0, ran.output
-    assert "measurements: 0" in ran.output
+    assert "to do: 2 trainings, 2 cells of 2" in ran.output
     assert not (results / "checkpoints").exists()
 
 
@@ -526,7 +597,7 @@ def test_a_protocol_of_measurements_keeps_their_table_and_rebuilds_it_from_files
     ran = CliRunner().invoke(cli, ["run", "igat_toy", "--results", str(results), "--device", "cpu"])
     assert ran.exit_code == 0, ran.output
     written = {file.name: file.read_text() for file in (results / "tables").iterdir()}
-    assert set(written) == {"igat_toy.csv", "igat_toy.md", "igat_toy.tex"}
+    assert set(written) == {f"igat_toy-smoke.{suffix}" for suffix in ("csv", "md", "tex")}
     again = CliRunner().invoke(cli, ["table", "igat_toy", "--results", str(results)])
     assert again.exit_code == 0, again.output
     assert {file.name: file.read_text() for file in (results / "tables").iterdir()} == written

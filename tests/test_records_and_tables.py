@@ -18,7 +18,7 @@ from ensdef.cli.run import _overlay
 from ensdef.errors import UsageError
 from ensdef.health.catalogue import finding
 from ensdef.metrics import binomial_stderr, fraction_of
-from ensdef.papers.paper_table import is_paper_table
+from ensdef.papers.parsing import is_paper_table
 from ensdef.protocol import (
     AttackColumn,
     MethodRow,

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from scipy.stats import binomtest
 
 from ensdef.metrics import binomial_stderr
-from ensdef.statistics import Comparison, Outcomes, estimate, paired_p, rank_ranges, wins_and_losses
+from ensdef.statistics import Outcomes, PairedTests, estimate, paired_p, rank_ranges, wins_and_losses
 
 quick = settings(deadline=None, max_examples=80, derandomize=True)
 
@@ -138,13 +138,13 @@ def test_the_interval_covers_the_accuracy_over_all_images_as_often_as_it_claims(
 
 def test_rows_that_are_equal_share_all_ranks() -> None:
     assert rank_ranges([row(10)] * 4) == [(1, 4)] * 4
-    assert Comparison([row(10)] * 4).best() == [True] * 4
+    assert PairedTests([row(10)] * 4).best() == [True] * 4
 
 
 def test_rows_far_apart_have_a_rank_each() -> None:
     rows = [row(40), row(0), row(20)]
     assert rank_ranges(rows) == [(1, 1), (3, 3), (2, 2)]
-    assert Comparison(rows).best() == [True, False, False]
+    assert PairedTests(rows).best() == [True, False, False]
 
 
 def test_two_that_are_close_share_the_ranks_that_a_third_leaves() -> None:
@@ -153,15 +153,15 @@ def test_two_that_are_close_share_the_ranks_that_a_third_leaves() -> None:
 
 def test_the_correction_for_many_pairs_makes_claims_rarer() -> None:
     """Seven images to none: 0.016 for one pair alone, which is too much for one of ten."""
-    assert Comparison([row(17), row(10)]).better(0, 1)
-    assert not Comparison([row(17), row(10), row(10), row(10), row(10)]).better(0, 1)
+    assert PairedTests([row(17), row(10)]).better(0, 1)
+    assert not PairedTests([row(17), row(10), row(10), row(10), row(10)]).better(0, 1)
 
 
 def test_claims_are_corrected_step_by_step() -> None:
     """Holm: what is certain leaves the others with a smaller correction than Bonferroni's."""
     rows = [row(40), row(39), row(7), row(0)]
     # the last pair has 2 / 2^7 = 0.0156: more than 0.05 / 6, less than 0.05 / 2 when four pairs are decided
-    assert Comparison(rows).better(2, 3)
+    assert PairedTests(rows).better(2, 3)
 
 
 def test_a_row_is_not_better_where_most_images_say_so_but_the_mean_does_not() -> None:
@@ -169,7 +169,7 @@ def test_a_row_is_not_better_where_most_images_say_so_but_the_mean_does_not() ->
     many = [[1] * 30 + [0] * 12] + [[0] * 42] * 8
     few = [[0] * 30 + [1] * 12] * 9
     assert paired_p(many, few) < 0.05
-    assert not Comparison([many, few]).told_apart(0, 1)
+    assert not PairedTests([many, few]).told_apart(0, 1)
 
 
 def test_rows_not_told_apart_share_a_rank_even_where_others_stand_between_them() -> None:
@@ -182,7 +182,7 @@ def test_rows_not_told_apart_share_a_rank_even_where_others_stand_between_them()
 
     a, k, j = (seeds(which) for which in range(3))
     rows = [a, k, k, j]
-    compared = Comparison(rows)
+    compared = PairedTests(rows)
     assert compared.better(0, 1)
     assert compared.better(1, 3)
     assert not compared.told_apart(0, 3)
@@ -193,7 +193,7 @@ def test_rows_not_told_apart_share_a_rank_even_where_others_stand_between_them()
 @quick
 @given(tables())
 def test_rows_not_told_apart_always_share_a_rank(rows: list[list[list[int]]]) -> None:
-    compared, ranges = Comparison(rows), rank_ranges(rows)
+    compared, ranges = PairedTests(rows), rank_ranges(rows)
     for i, (first, last) in enumerate(ranges):
         assert 1 <= first <= last <= len(rows)
         for j, (other_first, other_last) in enumerate(ranges):
@@ -213,7 +213,7 @@ def test_ranks_do_not_depend_on_the_order_of_the_rows(rows: list[list[list[int]]
 @quick
 @given(tables())
 def test_a_better_row_has_a_higher_mean_and_no_worse_a_rank(rows: list[list[list[int]]]) -> None:
-    compared, ranges = Comparison(rows), rank_ranges(rows)
+    compared, ranges = PairedTests(rows), rank_ranges(rows)
     means = [estimate(one).mean for one in rows]
     for i, j in ((i, j) for i in range(len(rows)) for j in range(len(rows)) if compared.better(i, j)):
         assert means[i] > means[j]
@@ -224,4 +224,4 @@ def test_a_better_row_has_a_higher_mean_and_no_worse_a_rank(rows: list[list[list
 def test_no_rows_have_no_ranks() -> None:
     nobody: Sequence[Outcomes] = []
     assert rank_ranges(nobody) == []
-    assert Comparison(nobody).best() == []
+    assert PairedTests(nobody).best() == []

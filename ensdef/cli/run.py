@@ -16,7 +16,8 @@ from ensdef.cli import cli
 from ensdef.cli.options import RunOptions, run_options
 from ensdef.errors import UsageError
 from ensdef.notation import fraction, split_list
-from ensdef.papers.paper_table import PaperTable, is_paper_table, paper_table_of
+from ensdef.papers.paper_table import PaperTable
+from ensdef.papers.parsing import is_paper_table, paper_table_of
 from ensdef.protocol import Protocol, grid_of, layered, load_protocol, plan, with_attacks, with_methods, without
 from ensdef.protocol_file import read_protocol_file
 
@@ -97,12 +98,22 @@ def run(protocol: str, scale: str | None, config: dict[str, Any], seed: str | No
     if is_paper_table(file):
         table = paper_table_of(file, scale)
         base = _overlay(table.base, given, seed)
-        # records of a protocol that was changed on the command line do not carry its id
-        _replicate(dataclasses.replace(table, base=base), table.id if base == table.base else None, options)
+        _replicate(dataclasses.replace(table, base=base, changes=_changes(table.base, base)), options)
         return
     loaded = grid_of(file, scale)
     asked = _overlay(loaded, given, seed)
-    _go(asked, asked.table, asked.id if asked == loaded else None, options)
+    # records of a protocol that was changed on the command line do not carry its id
+    _go(asked, asked.table, None if _changes(loaded, asked) else asked.id, options)
+
+
+def _changes(loaded: Protocol, asked: Protocol) -> tuple[str, ...]:
+    """What the command line changed of a protocol, in sentences; where the data lie is no change."""
+    fields = [item.name for item in dataclasses.fields(Protocol) if item.name != "data_dir"]
+    return tuple(
+        f"Changed on the command line: {name} = {getattr(asked, name)}."
+        for name in fields
+        if getattr(asked, name) != getattr(loaded, name)
+    )
 
 
 def _overlay(protocol: Protocol, given: dict[str, Any], seed: str | None) -> Protocol:
@@ -130,25 +141,28 @@ def _go(protocol: Protocol, table: str, protocol_id: str | None, options: RunOpt
         sys.exit(1)
 
 
-def _replicate(table: PaperTable, protocol_id: str | None, options: RunOptions) -> None:
+def _replicate(table: PaperTable, options: RunOptions) -> None:
     """Plan, run, measure and report a paper's table."""
     from ensdef.claims import one_at_a_time
+    from ensdef.measuring import check_measurable
     from ensdef.papers.replication import plan_table, write_manifest
     from ensdef.tables import write_table
 
     _prepare(options)
     replication = plan_table(table)
-    records = _run(replication.cells, protocol_id, options)
+    check_measurable(replication.measurements)
+    records = _run(replication.cells, table.id, options)
     if records is None:
-        click.echo(f"measurements: {len(replication.measurements)}", err=options.as_json)
+        _print_measurements(replication.measurements, options)
         return
-    measurements = _measure(replication.measurements, protocol_id, options)
+    measurements = _measure(replication.measurements, table.id, options)
     with one_at_a_time(options.results, "tables"):
         write_manifest(replication, options.results, records, measurements)
         paths = write_table(table.table, options.results, options.results / "tables")
     _show(paths, options)
     if options.as_json:
-        click.echo(json.dumps([record.summary() for record in records], indent=1))
+        summaries = [record.summary() for record in records] + [one.summary() for one in measurements]
+        click.echo(json.dumps(summaries, indent=1))
     if any(record.error for record in records) or any(one.error for one in measurements):
         sys.exit(1)
 
@@ -161,7 +175,9 @@ def _measures(protocol: Protocol, table: str, protocol_id: str | None, options: 
 
     specs = plan_measurements(protocol, protocol.measures)
     if options.dry_run:
-        click.echo("\n".join(f"measure {spec.label}" for spec in specs), err=options.as_json)
+        _print_measurements(specs, options)
+        if options.as_json:
+            click.echo(json.dumps([{"key": spec.key, "measurement": spec.label} for spec in specs], indent=1))
         return
     check_measurable(specs)
     made = _measure(specs, protocol_id, options)
@@ -175,6 +191,19 @@ def _measures(protocol: Protocol, table: str, protocol_id: str | None, options: 
         for one in failed:
             click.echo(f"failed: {one.call} of {one.label}: {one.error}", err=True)
         sys.exit(1)
+
+
+def _print_measurements(specs: list[MeasureSpec], options: RunOptions) -> None:
+    """What a run would measure, and on what it would have to be trained for that."""
+    from ensdef.jobs import is_trained
+    from ensdef.measuring import find_measurement
+
+    run = options.run(None)
+    for spec in specs:
+        done = find_measurement(spec, run) is not None
+        missing = not done and spec.training is not None and not is_trained(spec.training, options.results)
+        state = "done" if done else "to train and measure" if missing else "to measure"
+        click.echo(f"{state:20} {spec.label}", err=options.as_json)
 
 
 def _show(paths: list[Path], options: RunOptions) -> None:

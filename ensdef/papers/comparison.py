@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from ensdef.measurement import Measurement, read_measurement
 from ensdef.papers.published import PublishedCell, published_table
 from ensdef.protocol_file import protocol_paths, read_protocol_file
 from ensdef.records import Record
+from ensdef.statistics import estimate
 
 #: What a fraction is multiplied with to have the paper's unit.
 IN_UNIT = {"percent": 100.0}
@@ -26,8 +26,9 @@ class Entry:
 
     Args:
         ours: in the paper's unit, mean over training seeds; None where there is none, for the reason in ``note``.
-        stderr: of ``ours``: over images, binomial for accuracies; None where the number has none.
-        n: images, over all training seeds.
+        stderr: of ``ours``, over images: one image under several training seeds is no new image. None where the number
+            has none.
+        n: images.
         records, measurements: where the number is from.
         derived: it follows from two models, as a gain does.
     """
@@ -44,7 +45,7 @@ class Entry:
     @property
     def outcomes(self) -> list[list[int]]:
         """Of every image, by training seed; empty for a number that is no accuracy of one model."""
-        return [] if self.derived else [record.outcomes["robust"] for record in self.records]
+        return [] if self.derived or self.ours is None else [record.outcomes["robust"] for record in self.records]
 
     @property
     def difference(self) -> float | None:
@@ -144,21 +145,18 @@ def _entry(
     if numbers is None or references is None:
         told = f"{answer['value']} is undefined here"
         return Entry(cell, None, None, None, told, records, measurements)
-    mean = statistics.fmean(numbers)
     factor = IN_UNIT.get(cell.unit, 1.0)
-    n = sum(source.n for source in sources if isinstance(source, Record)) or None
-    stderr = _stderr(sources, answer["value"])
+    n = next((source.n for source in sources if source.n is not None), None)
+    mean = statistics.fmean(numbers)
     if references:
         reference = statistics.fmean(references)
-        if answer["derive"] == "relative":
-            if not reference:
-                return Entry(cell, None, None, n, "a share of nothing: the other has 0", records, measurements)
-            mean = (mean - reference) / reference
-        else:
-            mean = mean - reference
-        stderr = None
-    scaled = None if stderr is None else factor * stderr
-    return Entry(cell, factor * mean, scaled, n, "", records, measurements, derived=bool(references))
+        if answer["derive"] == "relative" and not reference:
+            return Entry(cell, None, None, n, "a share of nothing: the other has 0", records, measurements)
+        gain = mean - reference
+        mean = gain / reference if answer["derive"] == "relative" else gain
+        return Entry(cell, factor * mean, None, n, "", records, measurements, derived=True)
+    stderr = _stderr(sources, answer["value"])
+    return Entry(cell, factor * mean, None if stderr is None else factor * stderr, n, "", records, measurements)
 
 
 def _read(path: str, results: Path, read: dict[str, Record | Measurement]) -> Record | Measurement:
@@ -190,8 +188,10 @@ def _numbers(sources: Sequence[Record | Measurement], value: str) -> list[float]
 
 
 def _stderr(sources: Sequence[Record | Measurement], value: str) -> float | None:
-    """Of the mean over independent trainings; None where one has none."""
-    errors = [source.stderr if isinstance(source, Record) else source.stderr.get(value) for source in sources]
-    if any(error is None for error in errors):
-        return None
-    return math.sqrt(sum(error**2 for error in errors if error is not None)) / len(errors)
+    """Over images, of the mean over trainings; None where one has none."""
+    if all(isinstance(source, Record) for source in sources):
+        return estimate([source.outcomes["robust"] for source in sources if isinstance(source, Record)]).stderr
+    errors = [None if isinstance(source, Record) else source.stderr.get(value) for source in sources]
+    known = [error for error in errors if error is not None]
+    # trainings share their images, so that their errors do not average out
+    return statistics.fmean(known) if len(known) == len(errors) else None

@@ -8,7 +8,14 @@ from ensdef.papers.published import PublishedCell
 
 #: Fields that may tell rows apart, and columns. Of the rows' those are shown that are needed.
 ROW_FIELDS = ("method", "variant", "members", "combiner", "dataset")
-COLUMN_FIELDS = ("architecture", "attack", "attack_params", "norm", "eps", "metric")
+_CONDITIONS = ("attack", "attack_params", "norm", "eps", "metric")
+
+
+def column_fields(cells: Sequence[PublishedCell]) -> tuple[str, ...]:
+    """What tells columns apart: the architecture only where one row has several."""
+    rows = telling(cells, ROW_FIELDS)
+    several = len({key(cell, [*rows, "architecture"]) for cell in cells}) > len({key(cell, rows) for cell in cells})
+    return (*(("architecture",) if several else ()), *_CONDITIONS)
 
 
 def column_of(cell: PublishedCell, cells: Sequence[PublishedCell]) -> tuple[str, ...]:
@@ -17,7 +24,7 @@ def column_of(cell: PublishedCell, cells: Sequence[PublishedCell]) -> tuple[str,
     Data sets are never compared, nor combiners where one model is under several.
     """
     apart = [name for name in ("dataset", "combiner") if name in telling(cells, ROW_FIELDS)]
-    return key(cell, [*apart, *COLUMN_FIELDS])
+    return key(cell, [*apart, *column_fields(cells)])
 
 
 def telling(cells: Sequence[PublishedCell], names: Sequence[str]) -> list[str]:

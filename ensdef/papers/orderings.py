@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from ensdef.papers.comparison import Entry
 from ensdef.papers.layout import column_of
-from ensdef.statistics import SIGNIFICANT, paired_p
+from ensdef.statistics import PairedTests
 
 #: Standard errors that two numbers without outcomes must lie apart.
 APART = 1.96
@@ -52,20 +52,35 @@ def orderings(entries: Sequence[Entry]) -> Orderings:
     return Orderings(**counts)
 
 
+def best(entries: Sequence[Entry]) -> list[bool]:
+    """Which accuracies are not told apart from the best of their column (5 % over all its pairs, Holm's correction)."""
+    columns: dict[tuple[str, ...], list[int]] = {}
+    cells = [entry.cell for entry in entries]
+    for index, entry in enumerate(entries):
+        if entry.outcomes:
+            columns.setdefault(column_of(entry.cell, cells), []).append(index)
+    found = [False] * len(entries)
+    for column in columns.values():
+        if len({len(entries[index].outcomes[0]) for index in column}) == 1 and len(column) > 1:
+            for index, is_best in zip(column, PairedTests([entries[i].outcomes for i in column]).best(), strict=True):
+                found[index] = is_best
+    return found
+
+
 def _verdict(one: Entry, other: Entry) -> str:
-    assert one.ours is not None
-    assert other.ours is not None
-    if one.ours == other.ours or not _told_apart(one, other):
-        return "undecided"
+    """Ours against the paper's order of two rows."""
     theirs = float(one.cell.value) > float(other.cell.value)
-    return "same" if (one.ours > other.ours) == theirs else "opposite"
+    above, below = _above(one, other), _above(other, one)
+    if not above and not below:
+        return "undecided"
+    return "same" if above == theirs else "opposite"
 
 
-def _told_apart(one: Entry, other: Entry) -> bool:
+def _above(one: Entry, other: Entry) -> bool:
+    """Whether ours is significantly larger for the first row."""
     ours, others = one.outcomes, other.outcomes
     if ours and others and len(ours[0]) == len(others[0]):
-        return paired_p(ours, others) < SIGNIFICANT
+        return PairedTests([ours, others]).better(0, 1)
     assert one.ours is not None
     assert other.ours is not None
-    error = math.hypot(one.stderr or 0.0, other.stderr or 0.0)
-    return abs(one.ours - other.ours) > APART * error
+    return one.ours - other.ours > APART * math.hypot(one.stderr or 0.0, other.stderr or 0.0)

@@ -81,7 +81,7 @@ def _protocol(base: Protocol, asked: Asked, name: str) -> Protocol:
         combiner=asked.combiner,
         norm=asked.train_norm,
         train_eps=asked.train_eps,
-        recipe=layered(base.recipe, dict(asked.recipe)),
+        recipe=layered(base.recipe, json.loads(asked.recipe)),
     )
 
 
@@ -120,7 +120,8 @@ def write_manifest(
         "scale": table.scale.name,
         "scale_title": table.scale.title,
         "published": table.published,
-        "deviations": [*table.scale.deviations, *substitutions(replication), *table.deviations],
+        "changes": list(table.changes),
+        "deviations": [*table.changes, *table.scale.deviations, *substitutions(replication), *table.deviations],
         "notes": list(table.notes),
         "answers": answers,
         "records": sorted({paths[cell.key] for cell in replication.cells}),
@@ -135,11 +136,12 @@ def _answer(
 ) -> dict[str, Any]:
     items = work[question.asked]
     answer: dict[str, Any] = {"cell": question.index, "value": question.value}
-    if told := next((failed[item.key] for item in items if item.key in failed), None):
+    bases = work[question.against] if question.against is not None else ()
+    if told := next((failed[item.key] for item in (*items, *bases) if item.key in failed), None):
         return {**answer, "missing": told}
     answer["files"] = [paths[item.key] for item in items]
     if question.against is not None:
-        answer |= {"derive": question.derive, "against": [paths[item.key] for item in work[question.against]]}
+        answer |= {"derive": question.derive, "against": [paths[item.key] for item in bases]}
     return answer
 
 
@@ -167,8 +169,23 @@ def substitutions(replication: Replication) -> list[str]:
         architecture = table.scale.architecture(printed)
         if architecture != (printed or None):
             told.append(f"Networks are {architecture}, for {printed or 'what the paper does not tell'}.")
-    for printed in dict.fromkeys(cell.members for cell in cells):
-        members = table.scale.members_of(printed)
-        if str(members or "") != printed:
-            told.append(f"Ensembles have {members} members, for {printed or 'a number that the paper does not tell'}.")
+    return [*told, *_members(replication)]
+
+
+def _members(replication: Replication) -> list[str]:
+    """Where ensembles have another number of members than the paper's, or the paper does not tell."""
+    counts: dict[str, dict[int, dict[str, None]]] = {}
+    for question in replication.questions:
+        for item in replication.work[question.asked]:
+            if item.training is not None and question.cell.metric != "model_size_mb":
+                found = counts.setdefault(question.cell.members, {}).setdefault(item.training.model.members, {})
+                found[item.training.model.method_call] = None
+    told = []
+    for printed, by_count in counts.items():
+        for count, calls in by_count.items():
+            if str(count) != printed:
+                where = f" ({', '.join(calls)})" if len(by_count) > 1 else ""
+                told.append(
+                    f"Models have {count} members{where}, for {printed or 'a number that the paper does not tell'}."
+                )
     return told

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
+from ensdef.footnotes import Footnotes
+from ensdef.latex import latex_table
 from ensdef.papers.comparison import Comparison, Entry
-from ensdef.papers.layout import COLUMN_FIELDS, ROW_FIELDS, column_title, key, telling, varying
-from ensdef.papers.orderings import orderings
+from ensdef.papers.layout import ROW_FIELDS, column_fields, column_title, key, telling, varying
+from ensdef.papers.orderings import best, orderings
 
 
 def files(comparison: Comparison) -> dict[str, str]:
@@ -49,14 +50,15 @@ def markdown(comparison: Comparison) -> str:
     """The paper's layout, each cell ours and, in brackets, the paper's."""
     from tabulate import tabulate
 
-    notes = _Notes()
-    header, body = _grid(comparison, lambda entry: _cell_text(entry, notes))
-    images = sorted({entry.n for entry in comparison.entries if entry.n is not None})
-    count = f" n = {' to '.join(map(str, dict.fromkeys((images[0], images[-1]))))} images." if images else ""
-    text = f"# {comparison.title}\n\nScale {comparison.scale}: {comparison.scale_title}.{count}\n\n"
-    text += tabulate(body, headers=header, tablefmt="github", disable_numparse=True)
-    text += "\n\nEach cell: ours ± standard error (published). " + _agreement(comparison)
-    text += "".join(f"\n\n[{number}] {note}" for number, note in enumerate(notes.texts, start=1))
+    grid = _Grid(comparison)
+    body = [
+        [f"**{row[column]}**" if (number, column) in grid.bold else row[column] for column in row]
+        for number, row in enumerate(grid.rows)
+    ]
+    text = f"# {comparison.title}\n\n{_told(comparison)}\n\n"
+    text += tabulate(body, headers=list(grid.rows[0]), tablefmt="github", disable_numparse=True)
+    text += f"\n\n{_KEY} {_agreement(comparison)}"
+    text += "".join(f"\n\n{note}" for note in grid.notes)
     if comparison.deviations:
         text += "\n\nWhat differs from the paper:\n\n" + "\n".join(f"- {told}" for told in comparison.deviations)
     if comparison.notes:
@@ -66,59 +68,57 @@ def markdown(comparison: Comparison) -> str:
 
 def latex(comparison: Comparison) -> str:
     """The same grid for a paper, with booktabs rules."""
-    import pandas as pd
-
-    header, body = _grid(comparison, _latex_cell)
-    labels = _labels(comparison)
-    body = [[_escaped(text) if index < labels else text for index, text in enumerate(row)] for row in body]
-    # two columns may have one title: the frame's own names are numbers
-    frame = pd.DataFrame(body)
-    titles: dict[object, str] = {number: _escaped(title) for number, title in enumerate(header)}
-    styler = frame.style.hide(axis="index").format_index(lambda number: titles[number], axis="columns")
-    return f"% {comparison.title} ({comparison.scale}): ours (published)\n{styler.to_latex(hrules=True)}"
+    grid = _Grid(comparison)
+    told = [_told(comparison), f"{_KEY} {_agreement(comparison)}", *grid.notes, *comparison.deviations]
+    return latex_table(grid.rows, name=comparison.name, title=comparison.title, notes=told, bold=grid.bold)
 
 
-class _Notes:
-    """Footnotes, numbered in the order of their first use."""
-
-    def __init__(self) -> None:
-        self.texts: list[str] = []
-
-    def mark(self, text: str) -> str:
-        if text not in self.texts:
-            self.texts.append(text)
-        return f" [{self.texts.index(text) + 1}]"
+_KEY = "Each cell: ours ± standard error over images (published); in bold what is not told apart from the best of ours."
 
 
-def _grid(comparison: Comparison, show: Callable[[Entry], str]) -> tuple[list[str], list[list[str]]]:
-    """Header and rows of the paper's layout: rows are models, columns what they met."""
-    cells = [entry.cell for entry in comparison.entries]
-    row_fields, column_fields = telling(cells, ROW_FIELDS), varying(cells, COLUMN_FIELDS)
-    columns = list(dict.fromkeys(key(cell, column_fields) for cell in cells))
-    rows: dict[tuple[str, ...], dict[tuple[str, ...], str]] = {}
-    for entry in comparison.entries:
-        row = rows.setdefault(key(entry.cell, row_fields), {})
-        row[key(entry.cell, column_fields)] = show(entry)
-    header = [*row_fields, *(column_title(column, column_fields, cells) for column in columns)]
-    return header, [[*labels, *(row.get(column, "") for column in columns)] for labels, row in rows.items()]
+class _Grid:
+    """The paper's layout: rows are models, columns what they met; flags and failures as footnotes.
+
+    Attributes:
+        rows: cells by column.
+        bold: (row number, column) of accuracies that are not told apart from the best of their column.
+        notes: below the table.
+    """
+
+    def __init__(self, comparison: Comparison) -> None:
+        entries = comparison.entries
+        cells = [entry.cell for entry in entries]
+        labels, conditions = telling(cells, ROW_FIELDS), varying(cells, column_fields(cells))
+        titles: dict[tuple[str, ...], str] = {}
+        for cell in cells:
+            place = key(cell, conditions)
+            if place not in titles:
+                title = column_title(place, conditions, cells)
+                titles[place] = title if title not in titles.values() else f"{title} ({len(titles) + 1})"
+        footnotes = Footnotes([record for entry in entries for record in entry.records])
+        found: dict[tuple[str, ...], dict[str, str]] = {}
+        bold: list[tuple[tuple[str, ...], str]] = []
+        for entry, is_best in zip(entries, best(entries), strict=True):
+            row, column = key(entry.cell, labels), titles[key(entry.cell, conditions)]
+            if row not in found:
+                found[row] = {**dict(zip(labels, row, strict=True)), **dict.fromkeys(titles.values(), "")}
+            ours = "-" if entry.ours is None else _shown(entry)
+            marks = footnotes.marks(*(record for record in entry.records if not record.error))
+            marks += footnotes.add(entry.note) if entry.note else ""
+            found[row][column] = f"{ours} ({entry.cell.value or '-'}){marks}"
+            if is_best:
+                bold.append((row, column))
+        self.rows = list(found.values())
+        numbers = {row: number for number, row in enumerate(found)}
+        self.bold = {(numbers[row], column) for row, column in bold}
+        self.notes = [f"[{number}] {note}" for number, note in enumerate(footnotes.texts, start=1)]
 
 
-def _labels(comparison: Comparison) -> int:
-    return len(telling([entry.cell for entry in comparison.entries], ROW_FIELDS))
-
-
-def _cell_text(entry: Entry, notes: _Notes) -> str:
-    published = entry.cell.value or "-"
-    ours = "-" if entry.ours is None else _shown(entry)
-    return f"{ours} ({published})" + (notes.mark(entry.note) if entry.note else "")
-
-
-def _latex_cell(entry: Entry) -> str:
-    ours = "--" if entry.ours is None else _shown(entry).replace(" ± ", r" $\pm$ ")
-    published = entry.cell.value or "--"
-    if entry.cell.bold == "1":
-        published = rf"\textbf{{{published}}}"
-    return f"{ours} ({published})"
+def _told(comparison: Comparison) -> str:
+    """Scale and number of images."""
+    images = sorted({entry.n for entry in comparison.entries if entry.n is not None})
+    count = f" n = {' to '.join(map(str, dict.fromkeys((images[0], images[-1]))))} images." if images else ""
+    return f"Scale {comparison.scale}: {comparison.scale_title}.{count}"
 
 
 def _shown(entry: Entry) -> str:
@@ -136,8 +136,8 @@ def _agreement(comparison: Comparison) -> str:
     if found.pairs:
         told += (
             f" Of {found.pairs} pairs of rows that a column of the paper orders, ours are ordered the same way in "
-            f"{found.same}, the other way in {found.opposite}, and not told apart in {found.undecided} (paired test, "
-            "5 % for each pair)."
+            f"{found.same}, the other way in {found.opposite}, and not told apart in {found.undecided} (exact "
+            "paired test on images, standard errors where there are no outcomes; 5 % for each pair)."
         )
     return told
 
@@ -149,9 +149,3 @@ def _files(entry: Entry) -> list[str]:
 
 def _rounded(number: float | None) -> float | None:
     return None if number is None else round(number, 6)
-
-
-def _escaped(text: str) -> str:
-    for plain, escaped in (("\\", r"\textbackslash{}"), ("_", r"\_"), ("%", r"\%"), ("&", r"\&"), ("#", r"\#")):
-        text = text.replace(plain, escaped)
-    return text.replace("²", r"\textsuperscript{2}")
