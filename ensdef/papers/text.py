@@ -95,7 +95,7 @@ class _Grid:
             if place not in titles:
                 title = column_title(place, conditions, cells)
                 titles[place] = title if title not in titles.values() else f"{title} ({len(titles) + 1})"
-        footnotes = Footnotes([record for entry in entries for record in entry.records])
+        footnotes = Footnotes([record for entry in entries for record in entry.records if not record.error])
         found: dict[tuple[str, ...], dict[str, str]] = {}
         bold: list[tuple[tuple[str, ...], str]] = []
         for entry, is_best in zip(entries, best(entries), strict=True):
