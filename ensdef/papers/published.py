@@ -10,6 +10,16 @@ from importlib.resources import files
 
 from ensdef.errors import UsageError, suggest
 
+#: Titles by paper.
+PAPERS = {
+    "cce": "CCE: Improving Ensemble Robustness by Collaboratively Promoting and Demoting Adversarial Robustness",
+    "cda2": "CDA²: Collaborate to Defend Against Adversarial Attacks",
+    "igat": "iGAT: Understanding and Improving Ensemble Adversarial Defense",
+    "igat-supp": "iGAT, supplement",
+    "more": "MoRE: Mixture of Robust Experts",
+    "soe-appendix": "SoE: Synergy-of-Experts, appendix",
+}
+
 
 @dataclass(frozen=True)
 class PublishedCell:

@@ -43,7 +43,7 @@ def _breakdown(identifier: str, attack: tuple[str, str | None], ranked: Sequence
         for kind, value in share.items():
             if kind not in (STANDING, ALREADY_WRONG):
                 totals[kind] = totals.get(kind, 0.0) + value
-    if not any(totals.values()):
+    if len(totals) < 2 or not any(totals.values()):  # one part tells nothing that the leaderboard does not
         return None
     leading = [kind for kind, total in sorted(totals.items(), key=lambda item: -item[1]) if total][:PARTS]
     domain = [*leading, OTHER, STANDING, ALREADY_WRONG]

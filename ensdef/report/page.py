@@ -34,6 +34,8 @@ from ensdef.report.transfer import between_members, transfers
 if TYPE_CHECKING:
     from ensdef.measurement import Measurement
 
+#: Protocols that the header names one by one.
+LISTED = 6
 #: Sections of a panel, in this order; each where a table has what it draws.
 _SECTIONS = (
     ("Accuracy against the radius", curves),
@@ -123,10 +125,15 @@ def rank(table: ResultsTable) -> list[Standing]:
     return standings(table.records)
 
 
+def _listed(names: Sequence[str]) -> str:
+    """Names, or how many there are where nobody would read them."""
+    return ", ".join(names) if len(names) <= LISTED else f"{len(names)}"
+
+
 def _facts(records: Sequence[Record]) -> list[tuple[str, str]]:
     failed = sum(record.error is not None for record in records)
     facts = [
-        ("protocols", ", ".join(sorted({str(record.provenance.get("protocol") or "") for record in records} - {""}))),
+        ("protocols", _listed(sorted({str(record.provenance.get("protocol") or "") for record in records} - {""}))),
         ("cells", f"{len(records):,}" + (f", {failed:,} of them failed" if failed else "")),
         *((name, _versions(records, name)) for name in ("ensdef", "torch")),
         ("newest record", max((str(record.provenance.get("date", "")) for record in records), default="")[:10]),

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from ensdef.papers.orderings import orderings
+from ensdef.papers.published import PAPERS
 from ensdef.report.board import Cell
 from ensdef.report.figure import Figure, chart, quantity, tooltip
 
@@ -61,7 +62,11 @@ def papers(comparisons: Sequence[Comparison], positions: Mapping[str, int]) -> l
         if comparison.entries:
             by_paper.setdefault(comparison.entries[0].cell.paper, []).append(comparison)
     return [
-        Paper(name, _scatter(f"paper-{number}", name, found), tuple(_table(item, positions) for item in found))
+        Paper(
+            PAPERS.get(name, name),
+            _scatter(f"paper-{number}", name, found),
+            tuple(_table(item, positions) for item in found),
+        )
         for number, (name, found) in enumerate(by_paper.items(), start=1)
     ]
 
