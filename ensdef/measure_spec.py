@@ -14,7 +14,7 @@ from ensdef.errors import UsageError
 from ensdef.keys import content_key, non_default
 from ensdef.notation import at_least, fill, format_call, parse_call, parse_eps
 from ensdef.registry import DATASETS, MEASUREMENTS
-from ensdef.specs import Setting, TrainSpec
+from ensdef.specs import TrainSpec
 
 if TYPE_CHECKING:
     from ensdef.protocol import Protocol
@@ -148,8 +148,7 @@ def plan_measurements(protocol: Protocol, calls: Sequence[str], seed: int = 0) -
     Raises:
         UsageError: before anything is trained, naming what was expected.
     """
-    from ensdef.loading import attacked_subset, find_data
-    from ensdef.protocol import layered, without
+    from ensdef.trainings import Trainings
 
     found: dict[str, MeasureSpec] = {}
     parsed = []
@@ -165,31 +164,11 @@ def plan_measurements(protocol: Protocol, calls: Sequence[str], seed: int = 0) -
         return list(found.values())
     if not protocol.methods:
         raise UsageError(f"{parsed[0][0]} is measured on trained defences; name some with --method")
-    data, data_spec = find_data(protocol.dataset, protocol.data_dir, protocol.image_size, protocol.limit)
-    test, _ = attacked_subset(data, protocol.samples)
-    checksum = test.checksum()
-    source = DATASETS.get(protocol.dataset)
-    recipe = layered(protocol.recipe, protocol.recipes.get(protocol.dataset, {}))
-    method_recipes = protocol.method_recipes
-    if protocol.epochs is not None:
-        recipe["epochs"] = protocol.epochs
-        method_recipes = without(method_recipes, {"epochs": protocol.epochs})
+    trainings = Trainings(protocol)
     for row in protocol.rows:
         for train_seed in protocol.seeds:
-            for eps in protocol.eps or (source.eps[protocol.norm],):
-                train_eps = source.eps[protocol.norm] if protocol.train_eps is None else protocol.train_eps
-                setting = Setting(
-                    data_spec,
-                    row.arch or protocol.arch or source.architecture,
-                    row.members or protocol.members,
-                    protocol.norm,
-                    eps if train_eps == "eps" else train_eps,
-                    recipe,
-                    protocol.precision,
-                    train_seed,
-                    method_recipes,
-                )
-                training = TrainSpec.create(*parse_call(row.call), setting)
+            for eps in protocol.eps or (trainings.source.eps[protocol.norm],):
+                training = trainings.of(row, train_seed, protocol.norm, eps)
                 for name, params in parsed:
                     spec = MeasureSpec.create(
                         name,
@@ -197,8 +176,8 @@ def plan_measurements(protocol: Protocol, calls: Sequence[str], seed: int = 0) -
                         training=training,
                         norm=protocol.norm,
                         eps=eps,
-                        samples=len(test),
-                        subset_checksum=checksum,
+                        samples=trainings.samples,
+                        subset_checksum=trainings.subset_checksum,
                         seed=seed,
                         combiner=protocol.combiner,
                     )

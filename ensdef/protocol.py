@@ -297,15 +297,15 @@ def expand(protocol: Protocol) -> tuple[list[Cell], Data]:
         UsageError: a name, a parameter, a radius or the data cannot be; defences are not built yet.
     """
     from ensdef.attack_spec import AttackSpec
-    from ensdef.loading import attacked_subset, find_data
     from ensdef.registry import ATTACKS, DATASETS, METHODS
-    from ensdef.specs import Cell, Setting, TrainSpec
+    from ensdef.specs import Cell
+    from ensdef.trainings import Trainings
 
-    methods = [(*parse_call(row.call), row) for row in protocol.rows]
+    methods = [parse_call(row.call)[0] for row in protocol.rows]
     columns = [(parse_call(column.call), column) for column in protocol.attacks]
     if not methods or not columns or not protocol.seeds:
         raise UsageError(f"protocol {protocol.name} has no {'methods' if not methods else 'attacks or seeds'}")
-    used = [*(name for name, _, _ in methods), *protocol.method_recipes]
+    used = [*methods, *protocol.method_recipes]
     for registry, names in ((METHODS, used), (ATTACKS, [call[0] for call, _ in columns])):
         for name in names:
             registry.get(name)
@@ -326,46 +326,27 @@ def expand(protocol: Protocol) -> tuple[list[Cell], Data]:
                 combiner=protocol.combiner,
                 seed=protocol.attack_seed,
             )
-    data, data_spec = find_data(protocol.dataset, protocol.data_dir, protocol.image_size, protocol.limit)
-    test, _ = attacked_subset(data, protocol.samples)
-    checksum = test.checksum()
-    recipe = layered(protocol.recipe, protocol.recipes.get(protocol.dataset, {}))
-    method_recipes = protocol.method_recipes
-    if protocol.epochs is not None:
-        recipe["epochs"] = protocol.epochs
-        method_recipes = without(method_recipes, {"epochs": protocol.epochs})
+    trainings = Trainings(protocol)
     cells: dict[str, Cell] = {}
-    for name, hyper, row in methods:
-        arch = row.arch or protocol.arch
+    for row in protocol.rows:
         for seed in protocol.seeds:
             for (attack, params), column in columns:
                 norm = column.norm or protocol.norm
                 for eps in radii(column):
-                    train_eps = source.eps[protocol.norm] if protocol.train_eps is None else protocol.train_eps
-                    setting = Setting(
-                        data_spec,
-                        source.architecture if arch is None else arch,
-                        protocol.members if row.members is None else row.members,
-                        norm if train_eps == "eps" else protocol.norm,
-                        eps if train_eps == "eps" else train_eps,
-                        recipe,
-                        protocol.precision,
-                        seed,
-                        method_recipes,
-                    )
                     spec = AttackSpec.create(
                         attack,
                         params,
                         norm,
                         eps,
-                        dimensions=data_spec.dimensions,
+                        dimensions=trainings.data_spec.dimensions,
                         search=protocol.search,
                         combiner=protocol.combiner,
                         seed=protocol.attack_seed,
                     )
-                    cell = Cell(TrainSpec.create(name, hyper, setting), spec, len(test), checksum)
+                    training = trainings.of(row, seed, norm, eps)
+                    cell = Cell(training, spec, trainings.samples, trainings.subset_checksum)
                     cells[cell.key] = cell
-    return list(cells.values()), data
+    return list(cells.values()), trainings.data
 
 
 def rehearse_all(cells: list[Cell], data: Data) -> None:

@@ -61,14 +61,11 @@ def papers(comparisons: Sequence[Comparison], positions: Mapping[str, int]) -> l
     for comparison in comparisons:
         if comparison.entries:
             by_paper.setdefault(comparison.entries[0].cell.paper, []).append(comparison)
-    return [
-        Paper(
-            PAPERS.get(name, name),
-            _scatter(f"paper-{number}", name, found),
-            tuple(_table(item, positions) for item in found),
-        )
-        for number, (name, found) in enumerate(by_paper.items(), start=1)
-    ]
+    told = []
+    for number, (name, found) in enumerate(by_paper.items(), start=1):
+        tables = tuple(_table(item, positions) for item in found)
+        told.append(Paper(PAPERS.get(name, name), _scatter(f"paper-{number}", name, found), tables))
+    return told
 
 
 def rank_correlation(entries: Sequence[Entry]) -> float | None:
