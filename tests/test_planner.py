@@ -16,6 +16,7 @@ from click.testing import CliRunner, Result
 import ensdef
 import ensdef.cli.run
 from ensdef.attack_spec import AttackSpec
+from ensdef.cells import plan
 from ensdef.cli import cli
 from ensdef.cost import Passes
 from ensdef.defense import EnsembleDefense
@@ -28,7 +29,7 @@ from ensdef.planner.text import duration, memory, quantity
 from ensdef.planner.training import TrainingRates
 from ensdef.planner.whole import WholeRates, extrapolated, shortened
 from ensdef.planner.work import Work
-from ensdef.protocol import load_protocol, plan, with_attacks, with_methods
+from ensdef.protocol import load_protocol, with_attacks, with_methods
 from ensdef.registry import ATTACKS
 from ensdef.specs import Cell
 from ensdef.target import Target

@@ -14,6 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from ensdef.cells import plan
 from ensdef.cli.run import _overlay
 from ensdef.errors import UsageError
 from ensdef.health.catalogue import finding
@@ -25,7 +26,6 @@ from ensdef.protocol import (
     Protocol,
     load_protocol,
     parse_protocol,
-    plan,
     protocol_names,
     with_attacks,
     with_methods,

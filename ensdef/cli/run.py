@@ -18,7 +18,7 @@ from ensdef.errors import UsageError
 from ensdef.notation import fraction, split_list
 from ensdef.papers.paper_table import PaperTable
 from ensdef.papers.parsing import is_paper_table, paper_table_of
-from ensdef.protocol import Protocol, grid_of, layered, load_protocol, plan, with_attacks, with_methods, without
+from ensdef.protocol import Protocol, grid_of, layered, load_protocol, with_attacks, with_methods, without
 from ensdef.protocol_file import read_protocol_file
 
 if TYPE_CHECKING:
@@ -132,6 +132,8 @@ def _go(protocol: Protocol, table: str, protocol_id: str | None, options: RunOpt
     if protocol.measures:
         _measures(protocol, table, protocol_id, options)
         return
+    from ensdef.cells import plan
+
     cells, _ = plan(protocol)
     records = _run(cells, protocol_id, options)
     if records is None:

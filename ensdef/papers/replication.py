@@ -9,13 +9,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ensdef.cells import expand, rehearse_all
 from ensdef.data import Data
 from ensdef.errors import UsageError
 from ensdef.measure_spec import MeasureSpec
 from ensdef.measurement import Measurement
 from ensdef.notation import parse_call
 from ensdef.papers.paper_table import Asked, PaperTable, Question
-from ensdef.protocol import AttackColumn, Protocol, expand, layered, rehearse_all
+from ensdef.protocol import AttackColumn, Protocol, layered
 from ensdef.records import Record, write_text
 from ensdef.specs import Cell
 
