@@ -20,6 +20,7 @@ from ensdef.cost import multiplications
 from ensdef.errors import UsageError
 from ensdef.notation import fill, parse_call
 from ensdef.papers.comparison import Comparison, Entry, compare
+from ensdef.papers.layout import column_of
 from ensdef.papers.orderings import Orderings, orderings
 from ensdef.papers.paper_table import PaperTable
 from ensdef.papers.parsing import is_paper_table, paper_table_of, parse_paper_table
@@ -512,6 +513,16 @@ def test_an_order_of_rows_counts_as_ours_only_if_a_paired_test_tells_them_apart(
     ours: tuple[list[int], list[int]], expected: Orderings, tmp_path: Path
 ) -> None:
     assert orderings(two_rows(tmp_path, ours)) == expected
+
+
+def test_a_models_own_examples_stand_in_the_column_of_their_source() -> None:
+    cells = published_table("cce/table12a")
+    columns = {column_of(cell, cells) for cell in cells}
+    assert len(columns) == 4
+    (own,) = [cell for cell in cells if cell.method == "adp" and "whitebox=1" in cell.attack_params]
+    (from_nat,) = [cell for cell in cells if cell.method == "adp" and cell.conditions["source"] == "nat"]
+    assert column_of(own, cells) in {column_of(cell, cells) for cell in cells if cell.conditions["source"] == "adp"}
+    assert column_of(own, cells) != column_of(from_nat, cells)
 
 
 def test_rows_are_compared_within_a_column_alone(tmp_path: Path) -> None:

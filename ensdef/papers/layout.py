@@ -8,6 +8,8 @@ from ensdef.papers.published import PublishedCell
 
 #: Fields that may tell rows apart, and columns. Of the rows' those are shown that are needed.
 ROW_FIELDS = ("method", "variant", "members", "combiner", "dataset")
+#: Conditions of single cells, not of columns.
+MARKS = ("whitebox=1",)
 _CONDITIONS = ("attack", "attack_params", "norm", "eps", "metric")
 
 
@@ -38,12 +40,19 @@ def telling(cells: Sequence[PublishedCell], names: Sequence[str]) -> list[str]:
 
 def varying(cells: Sequence[PublishedCell], names: Sequence[str]) -> list[str]:
     """The names by which cells differ; the last where they do not."""
-    return [name for name in names if len({getattr(cell, name) for cell in cells}) > 1] or [names[-1]]
+    return [name for name in names if len({key(cell, [name]) for cell in cells}) > 1] or [names[-1]]
 
 
 def key(cell: PublishedCell, names: Sequence[str]) -> tuple[str, ...]:
     """A cell's values of some fields."""
-    return tuple(getattr(cell, name) for name in names)
+    return tuple(
+        _without_marks(getattr(cell, name)) if name == "attack_params" else getattr(cell, name) for name in names
+    )
+
+
+def _without_marks(conditions: str) -> str:
+    """Conditions but those that mark a cell of a column: the attacked model's own examples on a table's diagonal."""
+    return ";".join(part for part in conditions.split(";") if part not in MARKS)
 
 
 def column_title(column: tuple[str, ...], names: Sequence[str], cells: Sequence[PublishedCell]) -> str:
