@@ -258,7 +258,7 @@ def file(text: str) -> ProtocolFile:
 @pytest.mark.parametrize(
     ("old", "new", "told"),
     [
-        ("version = 1", "verion = 1", r"mine\.toml, line 1: protocol mine has no key 'verion'; it has: columns"),
+        ("version = 1", "edition = 1", r"mine\.toml, line 1: protocol mine has no key 'edition'; it has: columns"),
         ("version = 1", 'version = "one"', r"mine\.toml, line 1: version is 'one'; expected a whole number"),
         ("soe-appendix/table2", "soe/table2", r"line 3: unknown published table 'soe/table2'; did you mean"),
         ('method = "soe"', 'metod = "soe"', r"line 6: row 'soe' is .*expected a method"),
