@@ -38,9 +38,10 @@ class Trainings:
         """
         protocol = self.protocol
         train_eps = self.source.eps[protocol.norm] if protocol.train_eps is None else protocol.train_eps
+        arch = protocol.arch if row.arch is None else row.arch
         setting = Setting(
             self.data_spec,
-            row.arch or protocol.arch or self.source.architecture,
+            self.source.architecture if arch is None else arch,
             protocol.members if row.members is None else row.members,
             norm if train_eps == "eps" else protocol.norm,
             eps if train_eps == "eps" else train_eps,

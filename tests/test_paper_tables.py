@@ -24,7 +24,7 @@ from ensdef.papers.layout import column_of
 from ensdef.papers.orderings import Orderings, orderings
 from ensdef.papers.paper_table import PaperTable
 from ensdef.papers.parsing import is_paper_table, paper_table_of, parse_paper_table
-from ensdef.papers.published import PublishedCell, published, published_table
+from ensdef.papers.published import PublishedCell, paper_titles, published, published_table
 from ensdef.papers.text import csv, latex, markdown
 from ensdef.protocol import load_protocol, protocol_names
 from ensdef.protocol_file import ProtocolFile, Refusal, read_protocol_file
@@ -93,6 +93,10 @@ def test_no_published_cell_was_lost_or_altered(name: str) -> None:
     rows = sorted(",".join(dataclasses.astuple(cell)) for cell in cells)
     digest = hashlib.sha256("\n".join(rows).encode()).hexdigest()[:16]
     assert (len(cells), sum(not cell.value for cell in cells), digest) == TRANSCRIBED[name]
+
+
+def test_every_paper_has_a_title() -> None:
+    assert set(paper_titles()) == {name.partition("/")[0] for name in TRANSCRIBED}
 
 
 def test_no_two_cells_of_a_table_are_the_same_question() -> None:

@@ -4,22 +4,12 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import tomllib
 from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
 
 from ensdef.errors import UsageError, suggest
-
-#: Titles by paper.
-PAPERS = {
-    "cce": "CCE: Improving Ensemble Robustness by Collaboratively Promoting and Demoting Adversarial Robustness",
-    "cda2": "CDA²: Collaborate to Defend Against Adversarial Attacks",
-    "igat": "iGAT: Understanding and Improving Ensemble Adversarial Defense",
-    "igat-supp": "iGAT, supplement",
-    "more": "MoRE: Mixture of Robust Experts",
-    "soe-appendix": "SoE: Synergy-of-Experts, appendix",
-}
-
 
 @dataclass(frozen=True)
 class PublishedCell:
@@ -69,6 +59,13 @@ class PublishedCell:
     def number(self) -> float | None:
         """The value, None where there is none."""
         return float(self.value) if self.value else None
+
+
+@cache
+def paper_titles() -> dict[str, str]:
+    """Titles by paper."""
+    text = files("ensdef.benchmarks").joinpath("published", "papers.toml").read_text(encoding="utf-8")
+    return {paper: str(title) for paper, title in tomllib.loads(text).items()}
 
 
 @cache

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from ensdef.papers.orderings import orderings
-from ensdef.papers.published import PAPERS
+from ensdef.papers.published import paper_titles
 from ensdef.report.board import Cell
 from ensdef.report.figure import Figure, chart, quantity, tooltip
 
@@ -64,7 +64,7 @@ def papers(comparisons: Sequence[Comparison], positions: Mapping[str, int]) -> l
     told = []
     for number, (name, found) in enumerate(by_paper.items(), start=1):
         tables = tuple(_table(item, positions) for item in found)
-        told.append(Paper(PAPERS.get(name, name), _scatter(f"paper-{number}", name, found), tables))
+        told.append(Paper(paper_titles().get(name, name), _scatter(f"paper-{number}", name, found), tables))
     return told
 
 
