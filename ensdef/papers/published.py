@@ -11,6 +11,7 @@ from importlib.resources import files
 
 from ensdef.errors import UsageError, suggest
 
+
 @dataclass(frozen=True)
 class PublishedCell:
     """One number of a table, every field as text.
