@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 from ensdef.footnotes import Footnotes
@@ -9,6 +10,7 @@ from ensdef.latex import latex_table
 from ensdef.papers.comparison import Comparison, Entry
 from ensdef.papers.layout import ROW_FIELDS, column_fields, column_title, key, telling, varying
 from ensdef.papers.orderings import best, orderings
+from ensdef.records import Record
 
 
 def files(comparison: Comparison) -> dict[str, str]:
@@ -19,8 +21,6 @@ def files(comparison: Comparison) -> dict[str, str]:
 
 def csv(comparison: Comparison) -> str:
     """One published cell a row, ours behind it."""
-    import dataclasses
-
     import pandas as pd
 
     rows = []
@@ -95,7 +95,7 @@ class _Grid:
             if place not in titles:
                 title = column_title(place, conditions, cells)
                 titles[place] = title if title not in titles.values() else f"{title} ({len(titles) + 1})"
-        footnotes = Footnotes([record for entry in entries for record in entry.records if not record.error])
+        footnotes = Footnotes([_examined(record) for entry in entries for record in entry.records if not record.error])
         found: dict[tuple[str, ...], dict[str, str]] = {}
         bold: list[tuple[tuple[str, ...], str]] = []
         for entry, is_best in zip(entries, best(entries), strict=True):
@@ -103,7 +103,7 @@ class _Grid:
             if row not in found:
                 found[row] = {**dict(zip(labels, row, strict=True)), **dict.fromkeys(titles.values(), "")}
             ours = "-" if entry.ours is None else _shown(entry)
-            marks = footnotes.marks(*(record for record in entry.records if not record.error))
+            marks = footnotes.marks(*(_examined(record) for record in entry.records if not record.error))
             marks += footnotes.add(entry.note) if entry.note else ""
             found[row][column] = f"{ours} ({entry.cell.value or '-'}){marks}"
             if is_best:
@@ -112,6 +112,11 @@ class _Grid:
         numbers = {row: number for number, row in enumerate(found)}
         self.bold = {(numbers[row], column) for row, column in bold}
         self.notes = [f"[{number}] {note}" for number, note in enumerate(footnotes.texts, start=1)]
+
+
+def _examined(record: Record) -> Record:
+    """The record without the finding that images are few: every cell has its standard error."""
+    return dataclasses.replace(record, flags=[flag for flag in record.flags if flag["flag"] != "uncertain"])
 
 
 def _told(comparison: Comparison) -> str:
