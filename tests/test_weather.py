@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from toys_defense import generator, registered, toy_data, toy_spec
@@ -97,7 +97,8 @@ def snowed(pixel: tuple[int, ...], u: float, brightness: float) -> list[int]:
     """One RGB pixel by the standard library's colour conversions, HLS kept in 8 bits."""
     hue, lightness, saturation = colorsys.rgb_to_hls(*(level / 255 for level in pixel))
     h, light, s = nearest(180 * hue), nearest(255 * lightness), nearest(255 * saturation)
-    if light < 85 + 127.5 * u:
+    # the threshold in single precision, as drawn: 0.4 gives 136 there, and a hair more in double precision
+    if light < float(torch.tensor(u) * 127.5 + 85):
         light = min(math.floor(round(light * brightness, 9)), 255)
     return [nearest(255 * channel) for channel in colorsys.hls_to_rgb(h / 180, light / 255, s / 255)]
 
@@ -111,6 +112,7 @@ pixels = st.tuples(st.integers(0, 255), st.integers(0, 255), st.integers(0, 255)
     st.floats(0, 1, exclude_max=True, width=32),
     st.sampled_from([1.0, 1.5, 2.0, 2.5, 4.0]),
 )
+@example([(16, 16, 255)], 0.4000000059604645, 1.5)
 def test_snow_is_that_of_a_plain_rewrite(row: list[tuple[int, ...]], u: float, brightness: float) -> None:
     given_image = image(*row)
     ours = levels(snow(given_image, draws(u), brightness)[0, :, 0].t())
