@@ -178,7 +178,7 @@ def _members(replication: Replication) -> list[str]:
     counts: dict[str, dict[int, dict[str, None]]] = {}
     for question in replication.questions:
         for item in replication.work[question.asked]:
-            if item.training is not None and question.cell.metric != "model_size_mb":
+            if item.training is not None:
                 found = counts.setdefault(question.cell.members, {}).setdefault(item.training.model.members, {})
                 found[item.training.model.method_call] = None
     told = []
