@@ -289,6 +289,30 @@ def test_what_is_alike_is_probed_once(tmp_path: Path, monkeypatch: pytest.Monkey
     assert probed == ["nat", "adv"]
 
 
+def test_when_probing_lasts_long_networks_alike_stand_for_each_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import ensdef.planner.probing
+
+    networks: list[int] = []
+    real = AttackedModel.rates
+
+    def noted(model: AttackedModel, *rest: Any) -> Any:
+        networks.append(len(model.defense.members))
+        return real(model, *rest)
+
+    monkeypatch.setattr(AttackedModel, "rates", noted)
+    each = planned(tmp_path, "nat,adv_en,adv", "fgsm")
+    assert networks == [2, 2, 1]
+    assert not any("probing being over" in told for told in each.assumptions)
+    networks.clear()
+    monkeypatch.setattr(ensdef.planner.probing, "LONG", 0.0)
+    likened = planned(tmp_path, "nat,adv_en,adv", "fgsm")
+    assert networks == [2, 1]  # adv has one member: no other network is like it
+    assert any("attacks on 1 further networks" in told for told in likened.assumptions)
+    assert [cell.work for cell in likened.cells] == [cell.work for cell in each.cells]  # by the ticking clock
+
+
 # survivors
 
 

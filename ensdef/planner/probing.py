@@ -44,6 +44,8 @@ from ensdef.specs import Cell, TrainSpec
 T = TypeVar("T")
 #: Seconds that the probes of one training and of one cell may take, and all of each kind together, about.
 TRAINING, CELL, TOGETHER = 1.0, 0.8, 16.0
+#: Seconds of probing attacks after which a network's alike stand for it.
+LONG = 60.0
 
 
 def estimate(
@@ -109,6 +111,11 @@ class _Planner:
     crafted: set[str] = field(default_factory=set)
     measured: int = 0
     assumed: int = 0
+    #: networks whose attacks were not timed
+    likened: set[str] = field(default_factory=set)
+    #: rates of an attack on an architecture with so many members, and that network's seconds of a forward pass
+    timed: dict[str, tuple[Rates, float]] = field(default_factory=dict)
+    spent: float = 0.0
     latest: tuple[tuple[str, ...], AttackedModel] | None = None
 
     def state(self, cell: Cell) -> State:
@@ -152,6 +159,11 @@ class _Planner:
                 f"half as many after a training that shows {HALF_LEARNED:,} images), "
                 f"{NATURAL:.1%} if not ({NATURAL_BLIND:.0%} where the attack has no gradients)"
             )
+        if self.likened:
+            told.append(
+                f"{LONG:.0f} seconds of probing being over, attacks on {len(self.likened)} further networks were taken "
+                "to last as on one of the same architecture and number of members, in proportion to its forward pass"
+            )
         return tuple(told)
 
     def _attacked(self, cell: Cell, trained: bool) -> Work:
@@ -171,15 +183,24 @@ class _Planner:
         attack.fits(model.traits)
         survivors = self._survivors(model, cell, trained, attack)
         tier: Tier = self.health or "basic"
-        about = [_network(cell.training), {**cell.attack.identity(), "eps": None, "seed": None}, tier == "off"]
+        spec, network = cell.training.model, _network(cell.training)
+        asked = [{**cell.attack.identity(), "eps": None, "seed": None}, tier == "off"]
 
         def rates(index: int, parts: int, part: Attack, mode: str, rows: int) -> Rates:
-            seconds = self.cell_seconds / parts / 2
-            return self._once(
+            alike = content_key([spec.architecture_call, spec.members, *asked, index, mode])
+            if self.spent > LONG and alike in self.timed:
+                known, forward = self.timed[alike]
+                self.likened.add(content_key(network))
+                return known.scaled(model.forward / forward)
+            began = self.watch.now()
+            found: Rates = self._once(
                 "rates",
-                [*about, index, mode, rows],
-                lambda: model.rates(part, cell, mode, rows, tier != "off", seconds),
+                [network, *asked, index, mode, rows],
+                lambda: model.rates(part, cell, mode, rows, tier != "off", self.cell_seconds / parts / 2),
             )
+            self.spent += self.watch.now() - began
+            self.timed[alike] = found, model.forward
+            return found
 
         work = cell_work(model, attack, cell, survivors, tier, rates)
         return work + crafting

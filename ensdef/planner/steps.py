@@ -51,6 +51,10 @@ class StepRates:
         """One step on a batch of ``rows``."""
         return self.call + self.row * max(rows, SMALLEST_BATCH)
 
+    def scaled(self, factor: float) -> StepRates:
+        """On a network whose passes take ``factor`` times as long."""
+        return dataclasses.replace(self, call=self.call * factor, row=self.row * factor)
+
 
 class _Timed(IterativeAttack):
     """Another attack for a few steps, with a note of time and passes before each."""

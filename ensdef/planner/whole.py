@@ -51,6 +51,10 @@ class WholeRates:
         """On that many images; fewer than were timed take as long, because calls and not images cost then."""
         return self.seconds * max(1.0, rows / self.rows)
 
+    def scaled(self, factor: float) -> WholeRates:
+        """On a network whose passes take ``factor`` times as long."""
+        return dataclasses.replace(self, seconds=self.seconds * factor)
+
 
 def shortened(attack: A, times: int = 1) -> tuple[A, float]:
     """The same attack with fewer steps and queries (``times`` as many as the shortest form), and their part of all."""
