@@ -10,7 +10,7 @@ check:
 	codespell
 
 test:
-	pytest
+	pytest -n auto
 
 smoke:
 	ensdef run ci
