@@ -257,7 +257,7 @@ def test_a_field_of_a_later_version_is_passed_over() -> None:
     ids=lambda changes: next(iter(changes)),
 )
 def test_a_record_that_was_edited_where_the_outcomes_cannot_tell_is_refused(changes: dict[str, Any]) -> None:
-    with pytest.raises(UsageError, match="edited since it was written .its checksum does not fit.; delete the file"):
+    with pytest.raises(UsageError, match=r"edited since it was written .its checksum does not fit.; delete the file"):
         Record.from_json(edited(**changes))
 
 
