@@ -18,7 +18,7 @@ from ensdef.build import build_defense
 from ensdef.defense import EnsembleDefense
 from ensdef.errors import CheckpointError, UsageError
 from ensdef.records import write_bytes
-from ensdef.specs import DataSpec, ModelSpec, TrainSpec
+from ensdef.specs import DataSpec, ModelSpec, Setting, TrainSpec
 
 WEIGHTS = "weights.safetensors"
 SPEC = "spec.json"
@@ -152,6 +152,25 @@ def data_spec(folder: Path) -> DataSpec:
         return DataSpec(**{name: value for name, value in fields.items() if name in known})
     except (KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{folder / SPEC} does not describe a data set ({error!r}); train it again") from error
+
+
+def training_spec(folder: Path) -> TrainSpec:
+    """The training that a checkpoint says it is of, resolved anew by the code that is here.
+
+    Its key is the one in the description unless that, or the method's code, was changed since.
+
+    Raises:
+        CheckpointError: the description does not tell.
+        UsageError: what it names cannot be.
+    """
+    described = _description(folder)
+    try:
+        known = {item.name for item in dataclasses.fields(Setting)}
+        fields = {name: value for name, value in described["setting"].items() if name in known}
+        setting = Setting(**{**fields, "data": data_spec(folder)})
+        return TrainSpec.create(described["model"]["method"], described["model"]["hyper"], setting)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{folder / SPEC} does not describe a training ({error!r}); train it again") from error
 
 
 def is_complete(folder: Path, spec: TrainSpec) -> bool:

@@ -16,6 +16,7 @@ from ensdef.batch_size import choose_batch_size
 from ensdef.data import Split
 from ensdef.defense import EnsembleDefense
 from ensdef.errors import UsageError
+from ensdef.evidence import EvidenceFolder, refused
 from ensdef.harness import Outcome, attack_model
 from ensdef.health.catalogue import TIERS, Tier, finding
 from ensdef.notation import parse_call
@@ -142,6 +143,7 @@ def evaluate_cell(
     protocol: str | None,
     prerequisites: Mapping[str, EnsembleDefense] | None = None,
     sets: AdversarialSets | None = None,
+    evidence: EvidenceFolder | None = None,
     trained_with: Sequence[Mapping[str, Any]] = (),
     trained_on: Mapping[str, Any] | None = None,
     health: Tier = "basic",
@@ -152,6 +154,7 @@ def evaluate_cell(
     Args:
         test, ids: its images, and their positions in the whole test set.
         sets: where adversarial images crafted on surrogates are kept.
+        evidence: where the adversarial examples found here are kept; None: they are not.
         trained_with: findings about the training, which become flags of the record, before those about the attack.
         trained_on: what provenance tells of the training: its devices, what it took.
         health: tier of the report on the attack.
@@ -178,7 +181,12 @@ def evaluate_cell(
         "health": health,
     }
     found = fill_in(dataclasses.replace(record, provenance=source), outcome, ids.tolist())
-    return dataclasses.replace(found, flags=[*map(dict, trained_with), *found.flags])
+    kept = refused("not asked for (--evidence none)")
+    if evidence is not None:
+        kept = evidence.keep(
+            found, defense, cell.attack, test.x(), test.labels, outcome, batch_size=batch_size, device=device
+        )
+    return dataclasses.replace(found, flags=[*map(dict, trained_with), *found.flags], evidence=kept)
 
 
 def blank_record(cell: Cell, protocol: str | None, checkpoint: str | None = None, error: str | None = None) -> Record:

@@ -17,17 +17,16 @@ from torch import Tensor, nn
 from ensdef.adversarial_sets import AdversarialSets
 from ensdef.attack import Attack, CompositeAttack
 from ensdef.attack_spec import AttackSpec
-from ensdef.backend import free_memory, is_out_of_memory
 from ensdef.defense import EnsembleDefense
 from ensdef.errors import UsageError
 from ensdef.health.case import Case
 from ensdef.health.catalogue import Finding, Tier
 from ensdef.health.observer import WATCHED, Observer, spread
 from ensdef.health.report import report
+from ensdef.judging import is_right, scores_of
 from ensdef.progress import Progress
 from ensdef.registry import ATTACKS
 from ensdef.rows import SMALLEST_BATCH
-from ensdef.scores import check_scores
 from ensdef.session import BALL_SLACK, Session
 from ensdef.target import Target
 
@@ -133,13 +132,13 @@ def _attack_model(
 ) -> Outcome:
     began = time.monotonic()
     judge = Target(model, combiner=spec.combiner, fold=False, device=x.device)
-    scores = _scores(judge, x, batch_size)
+    scores = scores_of(judge, x, batch_size)
     classes = scores.shape[1]
     if len(y) and (int(y.min()) < 0 or int(y.max()) >= classes):
         raise UsageError(
             f"labels go from {int(y.min())} to {int(y.max())}, but the model has {classes} classes, 0 to {classes - 1}"
         )
-    clean = _right(scores, y)
+    clean = is_right(scores, y)
     before = judge.passes.forwards
     progress = progress or Progress()
     traits = judge.traits(x[:1])
@@ -158,7 +157,7 @@ def _attack_model(
                 session.run(part, target, alive, progress, name + note, index)
     forwards = session.forwards + judge.passes.forwards - before
     recount = batch_size // 2 + 3 if batch_size > 2 * SMALLEST_BATCH else SMALLEST_BATCH + 3
-    right = _right(_scores(judge, session.x_adv, recount, check=False), y)
+    right = is_right(scores_of(judge, session.x_adv, recount, check=False), y)
     seconds = time.monotonic() - began
     findings: list[Finding] = []
     beside = 0
@@ -206,34 +205,3 @@ def _warnings(attack: Attack, parts: Sequence[tuple[str, Attack]]) -> list[str]:
 def _broken_by(session: Session, parts: Sequence[tuple[str, Attack]]) -> dict[str, int]:
     counts = torch.bincount(session.broken_by[session.fooled].cpu(), minlength=len(parts))
     return {name: int(count) for (name, _), count in zip(parts, counts, strict=True)}
-
-
-def _scores(judge: Target, x: Tensor, batch_size: int, check: bool = True) -> Tensor:
-    """Scores of the true model, (N, C); in smaller batches where memory does not suffice."""
-    try:
-        return _scores_in_batches(judge, x, batch_size, check)
-    except RuntimeError as error:
-        if not is_out_of_memory(error) or batch_size <= SMALLEST_BATCH:
-            raise
-    judge.forget()
-    free_memory()
-    return _scores(judge, x, batch_size // 2, check)
-
-
-def _scores_in_batches(judge: Target, x: Tensor, batch_size: int, check: bool) -> Tensor:
-    scores = []
-    judge.passes.share = 1.0
-    for part in x.split(batch_size):
-        rows = torch.arange(max(len(part), SMALLEST_BATCH), device=x.device).clamp(max=len(part) - 1)
-        with torch.no_grad():
-            answer = judge(part[rows].contiguous())
-        judge.forget()
-        if check:
-            check_scores(answer, len(rows))
-        scores.append(answer[: len(part)])
-    return torch.cat(scores)
-
-
-def _right(scores: Tensor, y: Tensor) -> Tensor:
-    """Whether finite scores choose the label, (N,) bool."""
-    return torch.isfinite(scores).all(dim=1).logical_and(scores.argmax(dim=1) == y)

@@ -19,6 +19,7 @@ from ensdef.checkpoints import (
 )
 from ensdef.errors import CheckpointError, DataError, TrainingDiverged, UsageError
 from ensdef.evaluation import blank_record, evaluate_cell
+from ensdef.evidence import EvidenceFolder, Keep
 from ensdef.health.catalogue import Tier
 from ensdef.loading import attacked_subset, reload_data
 from ensdef.progress import Progress
@@ -42,6 +43,7 @@ class Run:
             new records, any for those that are there.
         devices: GPUs, or processes on the CPU, that share each training. Weights then differ by rounding, and where a
             network has batch norm or a loss draws of its own by more: records tell both in ``provenance``.
+        evidence: whether new records keep their adversarial examples; those that are there are done either way.
     """
 
     results: Path
@@ -50,6 +52,7 @@ class Run:
     protocol: str | None = None
     health: Tier | None = None
     devices: int = 1
+    evidence: Keep = "all"
 
 
 @dataclass(frozen=True)
@@ -135,6 +138,7 @@ class CellJob:
             protocol=run.protocol,
             prerequisites=surrogates,
             sets=AdversarialSets(where),
+            evidence=EvidenceFolder(where) if run.evidence == "all" else None,
             trained_with=trained.get("health", ()),
             trained_on={
                 "devices": 1,

@@ -19,6 +19,15 @@ def content_key(value: Any) -> str:
     return hashlib.sha256(canonical(value).encode()).hexdigest()
 
 
+def checksum_of(body: Mapping[str, Any], name: str) -> str:
+    """Content key of a file's JSON object without the entry ``name``, which is where the checksum itself is kept.
+
+    Raises:
+        ValueError: NaN or an infinity, which files of this project never hold.
+    """
+    return content_key({key: value for key, value in body.items() if key != name})
+
+
 def non_default(cls: Any, params: Mapping[str, Any]) -> dict[str, Any]:
     """The parameters whose values are not the dataclass's defaults, in its order."""
     defaults = dataclasses.asdict(cls())

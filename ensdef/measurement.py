@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ensdef.errors import UsageError
-from ensdef.keys import content_key
+from ensdef.keys import checksum_of
 from ensdef.records import write_text
 
 FORMAT = 1
@@ -67,9 +67,10 @@ class Measurement:
 
     def to_json(self) -> str:
         """The whole measurement; every series on one line, and a checksum of all that is written."""
-        body = self._body()
+        body = {"format": FORMAT, **self.summary(), "path": None, "series": dict(self.series)}
+        checksum = checksum_of(body, "checksum")
         series = body.pop("series")
-        head = json.dumps({**body, "checksum": self._checksum()}, indent=1, allow_nan=False)
+        head = json.dumps({**body, "checksum": checksum}, indent=1, allow_nan=False)
         lines = [f"  {json.dumps(name)}: {json.dumps(value, allow_nan=False)}" for name, value in series.items()]
         inside = "{\n" + ",\n".join(lines) + "\n }" if lines else "{}"
         return head[:-2] + f',\n "series": {inside}\n}}\n'
@@ -88,22 +89,15 @@ class Measurement:
             raise UsageError(f"{where}no JSON ({error}); {_AGAIN}") from error
         if not isinstance(body, dict) or body.get("format") != FORMAT:
             raise UsageError(f"{where}no measurement of format {FORMAT}; {_AGAIN}")
-        told = body.pop("checksum", None)
-        del body["format"]
         try:
+            actual, told = checksum_of(body, "checksum"), body.pop("checksum", None)
+            del body["format"]
             measurement = cls(**{**body, "path": None})
-            actual = measurement._checksum()
         except (TypeError, ValueError) as error:
             raise UsageError(f"{where}incomplete measurement ({error}); {_AGAIN}") from error
         if told != actual:
             raise UsageError(f"{where}was edited since it was measured (its checksum does not fit); {_AGAIN}")
         return dataclasses.replace(measurement, path=str(path) if path else None)
-
-    def _body(self) -> dict[str, Any]:
-        return {"format": FORMAT, **self.summary(), "path": None, "series": dict(self.series)}
-
-    def _checksum(self) -> str:
-        return content_key(self._body())
 
 
 def tidy(value: Any) -> Any:

@@ -6,15 +6,22 @@ import dataclasses
 import json
 import os
 import tempfile
+import typing
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 from ensdef.errors import UsageError
+from ensdef.keys import checksum_of
 from ensdef.metrics import binomial_stderr, fraction_of
+from ensdef.typed import fits
 
 FORMAT = 1
+#: Where a record's file keeps the checksum of all that it says.
+CHECKSUM = "sha256"
+_AGAIN = "delete the file to have it computed again"
 
 
 @dataclass(frozen=True)
@@ -26,7 +33,9 @@ class Record:
     three members is 3; the clean pass and the recount are not counted). ``outcomes`` holds 0/1 lists by image:
     ``ids`` (positions in the test set), ``clean`` (right on the clean image), ``robust`` (right on clean and on every
     point the attack offered). ``broken_by`` tells, for an attack made of parts, how many images each part fooled that
-    no part before it had. A cell that failed has ``error`` and no accuracies.
+    no part before it had. A cell that failed has ``error`` and no accuracies. ``evidence`` says where the adversarial
+    examples are and what belongs to them (see :mod:`ensdef.evidence`), or under ``none`` why there are none; it is
+    empty in records older than evidence.
     """
 
     key: str
@@ -59,6 +68,7 @@ class Record:
     path: str | None = None
     provenance: Mapping[str, Any] = field(default_factory=dict)
     outcomes: Mapping[str, list[int]] = field(default_factory=dict)
+    evidence: Mapping[str, Any] = field(default_factory=dict)
     error: str | None = None
 
     def summary(self) -> dict[str, Any]:
@@ -66,39 +76,44 @@ class Record:
         return {key: value for key, value in dataclasses.asdict(self).items() if key != "outcomes"}
 
     def to_json(self) -> str:
-        """The whole record; keys sorted, lists of outcomes on one line."""
+        """The whole record and a checksum of it; keys sorted, lists of outcomes on one line."""
+        lists = {name: list(values) for name, values in self.outcomes.items()}
         body = {"format": FORMAT, **self.summary(), "path": None}
+        body[CHECKSUM] = checksum_of({**body, "outcomes": lists}, CHECKSUM)
         text = json.dumps(body, indent=1, sort_keys=True, allow_nan=False)
-        lists = json.dumps({name: list(values) for name, values in self.outcomes.items()}, separators=(",", ":"))
-        return text[:-2] + ',\n "outcomes": ' + lists + "\n}\n"
+        return text[:-2] + ',\n "outcomes": ' + json.dumps(lists, separators=(",", ":")) + "\n}\n"
 
     @classmethod
     def from_json(cls, text: str, path: Path | None = None) -> Record:
         """Inverse of :meth:`to_json`.
 
         Raises:
-            UsageError: no JSON, no record, another format, or numbers that contradict the outcomes.
+            UsageError: no JSON, no record, another format, numbers that contradict the outcomes, or edited since it was
+                written.
         """
         where = f"{path}: " if path else ""
         try:
             body = json.loads(text)
-        except ValueError as error:
-            raise UsageError(f"{where}no JSON ({error}); delete the file to have it computed again") from error
+        except (ValueError, RecursionError) as error:
+            raise UsageError(f"{where}no JSON ({error}); {_AGAIN}") from error
         if not isinstance(body, dict) or body.get("format") != FORMAT:
-            raise UsageError(f"{where}no record of format {FORMAT}; delete the file to have it computed again")
-        names = {field.name for field in dataclasses.fields(cls)}
+            raise UsageError(f"{where}no record of format {FORMAT}; {_AGAIN}")
+        hints = _hints()
+        fields = {**{name: value for name, value in body.items() if name in hints}, "path": str(path) if path else None}
         try:
-            record = cls(
-                **{
-                    **{name: value for name, value in body.items() if name in names},
-                    "path": str(path) if path else None,
-                }
-            )
+            record = cls(**fields)
         except TypeError as error:
-            raise UsageError(
-                f"{where}incomplete record ({error}); delete the file to have it computed again"
-            ) from error
+            raise UsageError(f"{where}incomplete record ({error}); {_AGAIN}") from error
+        if odd := [name for name, value in fields.items() if not fits(value, hints[name])]:
+            raise UsageError(f"{where}{odd[0]} is {str(fields[odd[0]])[:60]!r}, which it cannot be; {_AGAIN}")
         record._check(where)
+        try:
+            intact = body.get(CHECKSUM) == checksum_of(body, CHECKSUM)
+        except ValueError as error:
+            raise UsageError(f"{where}holds a number that is none ({error}); {_AGAIN}") from error
+        if not intact:
+            told = "its checksum does not fit" if CHECKSUM in body else f"it has no {CHECKSUM}"
+            raise UsageError(f"{where}was edited since it was written ({told}); {_AGAIN}")
         return record
 
     def _check(self, where: str) -> None:
@@ -108,18 +123,23 @@ class Record:
             flags = self.outcomes.get(name, [])
             if len(flags) != self.n or not flags or not {*flags} <= {0, 1} or fraction_of(flags) != accuracy:
                 raise UsageError(
-                    f"{where}{name}_accuracy {accuracy} over n={self.n} contradicts the outcomes; "
-                    "delete the file to have it computed again"
+                    f"{where}{name}_accuracy {accuracy} over n={self.n} contradicts the outcomes; {_AGAIN}"
                 )
-        told = ""
-        if len(set(self.outcomes.get("ids", []))) != self.n:
-            told = f"n={self.n} contradicts the outcomes, which have other ids"
+        told, ids = "", self.outcomes.get("ids", [])
+        if len(ids) != self.n or len(set(ids)) != self.n:
+            told = f"n={self.n} contradicts the outcomes, which have other ids, or one twice"
         elif any(robust > clean for clean, robust in zip(self.outcomes["clean"], self.outcomes["robust"], strict=True)):
             told = "an image that is robust but not right contradicts the outcomes"
         elif self.stderr != binomial_stderr(float(self.robust_accuracy or 0), self.n):
             told = f"stderr {self.stderr} contradicts the outcomes"
         if told:
-            raise UsageError(f"{where}{told}; delete the file to have it computed again")
+            raise UsageError(f"{where}{told}; {_AGAIN}")
+
+
+@cache
+def _hints() -> dict[str, Any]:
+    """The types of a record's fields."""
+    return typing.get_type_hints(Record)
 
 
 def with_outcomes(record: Record, ids: list[int], clean: list[int], robust: list[int]) -> Record:

@@ -18,6 +18,7 @@ from ensdef.cells import plan
 from ensdef.cli.run import _overlay
 from ensdef.errors import UsageError
 from ensdef.health.catalogue import finding
+from ensdef.keys import checksum_of
 from ensdef.metrics import binomial_stderr, fraction_of
 from ensdef.papers.parsing import is_paper_table
 from ensdef.protocol import (
@@ -31,7 +32,7 @@ from ensdef.protocol import (
     with_methods,
 )
 from ensdef.protocol_file import read_protocol_file
-from ensdef.records import FORMAT, Record, Store, with_outcomes, write_bytes, write_text
+from ensdef.records import CHECKSUM, FORMAT, Record, Store, with_outcomes, write_bytes, write_text
 from ensdef.specs import Cell
 from ensdef.tables import (
     COLUMNS,
@@ -178,6 +179,12 @@ def edited(**changes: Any) -> str:
     return json.dumps({**json.loads(record().to_json()), **changes})
 
 
+def edited_and_sealed(**changes: Any) -> str:
+    """With a checksum of what it says now."""
+    body = json.loads(edited(**changes))
+    return json.dumps({**body, CHECKSUM: checksum_of(body, CHECKSUM)})
+
+
 @pytest.mark.parametrize(
     ("changes", "told"),
     [
@@ -234,7 +241,70 @@ def test_a_record_without_a_field_is_refused_by_the_name_of_that_field(missing: 
 
 
 def test_a_field_of_a_later_version_is_passed_over() -> None:
-    assert Record.from_json(edited(colour="blue")) == record()
+    assert Record.from_json(edited_and_sealed(colour="blue")) == record()
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"label": "better"},
+        {"seconds": 0.1},
+        {"flags": [FLAG]},
+        {"members": 9},
+        {"colour": "blue"},
+        {CHECKSUM: "ab" * 32},
+    ],
+    ids=lambda changes: next(iter(changes)),
+)
+def test_a_record_that_was_edited_where_the_outcomes_cannot_tell_is_refused(changes: dict[str, Any]) -> None:
+    with pytest.raises(UsageError, match=r"edited since it was written .its checksum does not fit.; delete the file"):
+        Record.from_json(edited(**changes))
+
+
+def test_a_record_without_a_checksum_is_refused() -> None:
+    body = json.loads(record().to_json())
+    del body[CHECKSUM]
+    with pytest.raises(UsageError, match="it has no sha256"):
+        Record.from_json(json.dumps(body))
+
+
+def test_a_record_written_before_there_was_evidence_can_be_read() -> None:
+    body = json.loads(record().to_json())
+    del body["evidence"]
+    text = json.dumps({**body, CHECKSUM: checksum_of(body, CHECKSUM)})
+    assert Record.from_json(text) == record()
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("n", "4"),
+        ("n", True),
+        ("method", 3),
+        ("hyper", []),
+        ("flags", [1]),
+        ("outcomes", [0, 1]),
+        ("outcomes", {"ids": [0, 1, 2, "3"]}),
+        ("clean_accuracy", "0.75"),
+        ("broken_by", {"part": 0.5}),
+        ("evidence", None),
+    ],
+)
+def test_a_field_of_another_type_is_refused_by_name(field: str, value: Any) -> None:
+    with pytest.raises(UsageError, match=f"{field} is .*, which it cannot be; delete the file"):
+        Record.from_json(edited_and_sealed(**{field: value}))
+
+
+@pytest.mark.parametrize("number", ["NaN", "Infinity", "-Infinity"])
+def test_a_record_with_a_number_that_is_none_is_refused(number: str) -> None:
+    with pytest.raises(UsageError, match="holds a number that is none"):
+        Record.from_json(edited(seconds=1.5).replace("1.5", number))
+
+
+def test_an_image_that_is_counted_twice_is_refused() -> None:
+    body = json.loads(record().to_json())["outcomes"]
+    with pytest.raises(UsageError, match="or one twice"):
+        Record.from_json(edited_and_sealed(outcomes={**body, "ids": [*body["ids"], 0]}))
 
 
 # --- the store ------------------------------------------------------------------------------------

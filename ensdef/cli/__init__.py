@@ -55,6 +55,7 @@ def main() -> None:
         plugins,
         report,
         run,
+        verify,
     )
 
     try:

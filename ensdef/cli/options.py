@@ -14,6 +14,7 @@ import click
 from ensdef.errors import UsageError
 
 if TYPE_CHECKING:
+    from ensdef.evidence import Keep
     from ensdef.executor import Executor
     from ensdef.health.catalogue import Tier
     from ensdef.runner import Run
@@ -87,6 +88,13 @@ _RUN_OPTIONS = [
         "records of a lower tier are made anew only when this is given [default: basic].",
     ),
     click.option(
+        "--evidence",
+        type=click.Choice(["all", "none"]),
+        default="all",
+        show_default=True,
+        help="Keep the adversarial examples of new records of up to 1,000 images, for `ensdef verify`.",
+    ),
+    click.option(
         "--executor",
         type=click.Choice(["local", "ray"]),
         default="local",
@@ -135,6 +143,7 @@ class RunOptions:
     batch_size: int | None
     results: Path
     health: Tier | None
+    evidence: Keep
     executor: str
     ray_address: str | None
     cpus_per_cell: float | None
@@ -179,7 +188,7 @@ class RunOptions:
         from ensdef.runner import Run
 
         device = self.resolve_device()
-        return Run(self.results, device, self.batch_size, protocol_id, self.health, self.devices)
+        return Run(self.results, device, self.batch_size, protocol_id, self.health, self.devices, self.evidence)
 
     def resolve_device(self) -> str:
         """The device of the cells; with Ray, that of the workers, which this process may not see."""

@@ -1,0 +1,71 @@
+"""The cell that a record says it is of, resolved anew, and where the two disagree."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from ensdef.attack_spec import AttackSpec
+from ensdef.errors import UsageError
+from ensdef.evaluation import blank_record
+from ensdef.keys import canonical
+from ensdef.notation import convert
+from ensdef.records import Record
+from ensdef.specs import Cell, TrainSpec
+
+#: What a record repeats of its cell.
+_FIELDS = (
+    *("method", "hyper", "label", "dataset", "architecture", "members", "train_seed", "attack", "attack_params"),
+    *("attack_label", "success", "norm", "eps", "eps_value", "combiner"),
+)
+#: What it repeats of it in ``provenance``.
+_PROVENANCE = ("attack_seed", "train_seed", "search", "subset_checksum")
+
+
+def cell_of(record: Record, training: TrainSpec) -> Cell:
+    """The attack that a record describes, on a training.
+
+    Raises:
+        UsageError: a name, parameter or radius that cannot be.
+    """
+    told = record.provenance
+    attack = AttackSpec.create(
+        record.attack,
+        {**record.attack_params, "success": record.success},
+        record.norm or "linf",
+        record.eps or "0",
+        dimensions=training.setting.data.dimensions,
+        search=str(told.get("search")),
+        combiner=record.combiner,
+        seed=convert(told.get("attack_seed"), int, "provenance.attack_seed"),
+    )
+    return Cell(training, attack, record.n, str(told.get("subset_checksum")))
+
+
+def disagreements(record: Record, cell: Cell) -> Iterator[str]:
+    """What a record says that its cell does not, in sentences; nothing where the record's key follows from the cell."""
+    expected = blank_record(cell, None)
+    yield from _differences("", {name: getattr(expected, name) for name in _FIELDS}, vars(record))
+    # sentences on where a method departs from its paper may be put better without changing a number
+    training = {name: value for name, value in expected.training.items() if name != "deviations"}
+    yield from _differences("training.", training, record.training)
+    yield from _differences("provenance.", {one: expected.provenance[one] for one in _PROVENANCE}, record.provenance)
+    if record.key != cell.key:
+        yield (
+            f"its key {record.key[:16]} does not follow from the training, the attack and the images that it names, "
+            f"which have {cell.key[:16]}"
+        )
+
+
+def _differences(prefix: str, expected: Mapping[str, Any], told: Mapping[str, Any]) -> Iterator[str]:
+    for name, value in expected.items():
+        came = told.get(name)
+        if not _equal(came, value):
+            yield f"{prefix}{name} is {came!r}, which disagrees with the checkpoint and the attack: {value!r}"
+
+
+def _equal(a: Any, b: Any) -> bool:
+    try:
+        return canonical(a) == canonical(b)
+    except ValueError as error:
+        raise UsageError(f"holds a number that is none ({error})") from error
