@@ -12,7 +12,7 @@ from tabulate import tabulate
 
 from ensdef.papers.comparison import compare
 from ensdef.papers.orderings import orderings
-from ensdef.tables import Manifests
+from ensdef.manifests import Manifests
 
 
 def main() -> None:

@@ -25,7 +25,7 @@ from ensdef.plots import KINDS, Choice, draw, save
 from ensdef.plots.examples import attacked_again
 from ensdef.plots.robustness import Line, lines
 from ensdef.records import Record, Store, with_outcomes
-from ensdef.tables import Manifests
+from ensdef.manifests import Manifests
 
 
 def record(

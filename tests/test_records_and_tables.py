@@ -18,6 +18,7 @@ from ensdef.cells import plan
 from ensdef.cli.run import _overlay
 from ensdef.errors import UsageError
 from ensdef.health.catalogue import finding
+from ensdef.manifests import Manifests
 from ensdef.metrics import binomial_stderr, fraction_of
 from ensdef.papers.parsing import is_paper_table
 from ensdef.protocol import (
@@ -35,7 +36,6 @@ from ensdef.records import FORMAT, Record, Store, with_outcomes, write_bytes, wr
 from ensdef.specs import Cell
 from ensdef.tables import (
     COLUMNS,
-    Manifests,
     build_table,
     csv,
     latex,

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from ensdef.measurement import Measurement
     from ensdef.records import Record
     from ensdef.specs import Cell
-    from ensdef.tables import Kind
+    from ensdef.manifests import Kind
 
 
 @cli.command()
@@ -173,7 +173,8 @@ def _measures(protocol: Protocol, table: str, protocol_id: str | None, options: 
     """Plan, make and report measurements."""
     from ensdef.claims import one_at_a_time
     from ensdef.measuring import check_measurable, plan_measurements
-    from ensdef.tables import Manifests, write_table
+    from ensdef.manifests import Manifests
+    from ensdef.tables import write_table
 
     specs = plan_measurements(protocol, protocol.measures)
     if options.dry_run:
@@ -253,7 +254,8 @@ def _report(
     records: list[Record], protocol: Protocol, protocol_id: str | None, table: str, results: Path, as_json: bool
 ) -> None:
     from ensdef.claims import one_at_a_time
-    from ensdef.tables import Manifests, build_table, markdown, write_table
+    from ensdef.manifests import Manifests
+    from ensdef.tables import build_table, markdown, write_table
 
     with one_at_a_time(results, "tables"):
         # a bench adds to what was benched before; a protocol's table is the protocol's cells and no others

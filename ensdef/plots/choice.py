@@ -14,7 +14,7 @@ from ensdef.keys import canonical
 from ensdef.measurement import Measurement, Measurements
 from ensdef.notation import fraction
 from ensdef.records import Record, Store
-from ensdef.tables import Manifests
+from ensdef.manifests import Manifests
 
 
 @dataclass(frozen=True)

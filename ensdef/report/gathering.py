@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from ensdef.errors import UsageError
 from ensdef.records import Record
-from ensdef.tables import Manifests
+from ensdef.manifests import Manifests
 
 if TYPE_CHECKING:
     from ensdef.measurement import Measurement
