@@ -1,4 +1,4 @@
-"""Reading files that others may have made: bounded in size and depth, plain in content, inside their folder. No torch."""
+"""Files that others may have made: bounded in size and depth, plain in content, inside their folder. No torch."""
 
 from __future__ import annotations
 
@@ -112,6 +112,8 @@ def parse_toml(text: str) -> dict[str, Any]:
         raise UsageError(f"it is nested deeper than {DEEPEST} levels") from None
     except ValueError as error:  # also of numbers with too many digits, which is no TOMLDecodeError
         raise UsageError(str(error)) from error
+    if "\\u0000" in text or "\\U00000000" in text:  # no path, no option may hold it
+        raise UsageError("it has a null character")
     _check_values(content)
     return content
 
@@ -171,8 +173,7 @@ def _fits(value: Any, hint: Any) -> bool:
     if hint in (None, type(None)):
         return value is None
     if hint in (int, float):
-        numbers = (int,) if hint is int else (int, float)
-        return type(value) in numbers and abs(value) < LARGEST
+        return (type(value) is int and abs(value) < LARGEST) or (hint is float and type(value) is float)
     if origin is list and inner == (int,):  # outcomes: thousands of them
         return isinstance(value, list) and {*map(type, value)} <= {int} and all(abs(one) < LARGEST for one in {*value})
     if origin is list:
@@ -231,8 +232,8 @@ def _check_values(content: Any) -> None:
             elif isinstance(value, list):
                 deeper += value
             elif isinstance(value, str):
-                if "\0" in value or any("\ud800" <= char <= "\udfff" for char in value):
-                    raise UsageError("it has a text with a null character or half a surrogate pair")
+                if any("\ud800" <= char <= "\udfff" for char in value):
+                    raise UsageError("it has a text with half a surrogate pair")
             elif isinstance(value, datetime.date | datetime.time):
                 raise UsageError(f"it has the date or time {value}; write it as a text")
             elif (isinstance(value, float) and not math.isfinite(value)) or (

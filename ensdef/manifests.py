@@ -7,9 +7,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+from ensdef.bounded import MANIFEST, inside, read_json
 from ensdef.errors import UsageError, suggest
 from ensdef.measurement import Measurement, read_measurement
-from ensdef.records import Record, write_text
+from ensdef.records import Record, read_record, write_text
 
 #: What is made of a table's records: a row each, a row a defence with ranks, numbers beside
 #: accuracy, or answers to a paper's cells.
@@ -40,7 +41,7 @@ class Manifests:
 
     def write(self, name: str, title: str, records: Sequence[Record], *, extend: bool, kind: Kind = "grid") -> None:
         """Remember the records of a table and what is made of them; ``extend`` keeps those that were there before."""
-        paths = self._read(name)["records"] if extend and name in self.names() else []
+        paths = self._listed(name, "records")[1] if extend and name in self.names() else []
         for record in records:
             path = Path(str(record.path)).relative_to(self.results).as_posix()
             if path not in paths:
@@ -54,14 +55,11 @@ class Manifests:
         Raises:
             UsageError: no such table, or a record is missing.
         """
-        content = self._read(name)
+        title, paths = self._listed(name, "records")
         records = []
-        for relative in content["records"]:
-            path = self.results / relative
-            if not path.resolve().is_relative_to(self.results.resolve()) or not path.is_file():
-                raise UsageError(f"table {name}: record {relative} is missing; run the protocol again")
-            records.append(Record.from_json(path.read_text(encoding="utf-8"), path))
-        return str(content["title"]), records
+        for relative in paths:
+            records.append(read_record(self._file(name, "record", relative)))
+        return title, records
 
     def kind(self, name: str) -> Kind:
         """What is made of a table's records; manifests that do not say so are grids.
@@ -87,28 +85,32 @@ class Manifests:
         Raises:
             UsageError: a measurement is missing or was edited.
         """
-        content = self._content(name)
-        paths = [self.results / str(path) for path in content.get("measurements", ())]
-        for path in paths:
-            if not path.resolve().is_relative_to(self.results.resolve()):
-                raise UsageError(f"table {name}: measurement {path} is outside {self.results}; run the protocol again")
-        return str(content.get("title", name)), [read_measurement(path) for path in paths]
+        title, paths = self._listed(name, "measurements")
+        return title, [read_measurement(self._file(name, "measurement", path)) for path in paths]
+
+    def _file(self, name: str, what: str, relative: str) -> Path:
+        try:
+            path = inside(self.results, relative)
+        except UsageError as error:
+            raise UsageError(f"table {name}: {what} {error}; run the protocol again") from error
+        if not path.is_file():
+            raise UsageError(f"table {name}: {what} {relative} is missing; run the protocol again")
+        return path
 
     def _content(self, name: str) -> dict[str, Any]:
         self.of_protocol(name)
         path = self.folder / f"{name}.json"
-        try:
-            content = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise UsageError(f"{path} is no table manifest ({error!r})") from error
+        content = read_json(path, MANIFEST)
         if not isinstance(content, dict):
             raise UsageError(f"{path} is no table manifest (it holds no object)")
         return content
 
-    def _read(self, name: str) -> dict[str, Any]:
+    def _listed(self, name: str, key: str) -> tuple[str, list[str]]:
+        """The title, and the paths that the manifest lists under ``key``, relative to the results folder."""
         content = self._content(name)
-        try:
-            paths = [str(path) for path in content["records"]]
-            return {"title": str(content["title"]), "records": paths}
-        except (KeyError, TypeError) as error:
-            raise UsageError(f"{self.folder / (name + '.json')} is no table manifest ({error!r})") from error
+        title, paths = content.get("title"), content.get(key)
+        if not isinstance(title, str) or not isinstance(paths, list) or not all(isinstance(one, str) for one in paths):
+            raise UsageError(
+                f"{self.folder / (name + '.json')} is no table manifest: expected a title and a list of {key}"
+            )
+        return title, paths

@@ -14,9 +14,9 @@ from ensdef.statistics import SIGNIFICANT
 #: Share of images on which two rows differ, where nobody says: the median over pairs of rows of `digits_all` that are
 #: within five points of each other, between 20 and 80 % robust under PGD in l-infinity.
 DISCORDANCE = 0.13
-#: Above this many images the sums over two binomial distributions are too large; the normal formula is within a tenth
-#: of a point of them there.
-LARGE = 20_000
+#: Above this many images the sums over two binomial distributions take long; the normal formula is within half a point
+#: of them there.
+LARGE = 5_000
 
 
 def check_pair(accuracy: float, difference: float, discordance: float) -> None:
@@ -27,8 +27,8 @@ def check_pair(accuracy: float, difference: float, discordance: float) -> None:
     """
     if not 0 < accuracy < 1 or not 0 < difference <= 1 - accuracy:
         raise UsageError(
-            f"an accuracy of {100 * accuracy:g} % and a difference of {100 * difference:g} points: expected an accuracy "
-            "between 0 and 100 %, and a better row of at most 100 %"
+            f"an accuracy of {100 * accuracy:g} % and a difference of {100 * difference:g} points: expected an "
+            "accuracy between 0 and 100 %, and a better row of at most 100 %"
         )
     most = min(2 * accuracy + difference, 2 * (1 - accuracy) - difference)
     if not difference <= discordance <= most:
@@ -62,11 +62,12 @@ def unpaired_power(n: int, accuracy: float, difference: float) -> float:
 
     z, better = norm.isf(SIGNIFICANT / 2), accuracy + difference
     if n > LARGE:
-        pooled = accuracy + difference / 2
-        under_null = np.sqrt(2 * pooled * (1 - pooled))
+        middle = accuracy + difference / 2
+        under_null = np.sqrt(2 * middle * (1 - middle))
         spread = np.sqrt(accuracy * (1 - accuracy) + better * (1 - better))
         return float(norm.cdf((difference * np.sqrt(n) - z * under_null) / spread))
-    counts = [np.arange(*(binom.ppf((1e-12, 1 - 1e-12), n, p) + (0, 1))) for p in (accuracy, better)]
+    ranges = [binom.ppf((1e-12, 1 - 1e-12), n, p) for p in (accuracy, better)]
+    counts = [np.arange(low, high + 1) for low, high in ranges]
     worse, more = counts[0][:, None], counts[1][None, :]
     pooled = (worse + more) / (2 * n)
     rejects = more - worse > z * np.sqrt(2 * n * pooled * (1 - pooled))

@@ -11,8 +11,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ensdef.bounded import RECORD, parse_json, read_text
 from ensdef.errors import UsageError
 from ensdef.metrics import binomial_stderr, fraction_of
+from ensdef.record_check import check_content
 
 FORMAT = 1
 
@@ -81,12 +83,16 @@ class Record:
         """
         where = f"{path}: " if path else ""
         try:
-            body = json.loads(text)
-        except ValueError as error:
-            raise UsageError(f"{where}no JSON ({error}); delete the file to have it computed again") from error
+            body = parse_json(text)
+        except UsageError as error:
+            raise UsageError(f"{where}no record: {error}; delete the file to have it computed again") from error
         if not isinstance(body, dict) or body.get("format") != FORMAT:
             raise UsageError(f"{where}no record of format {FORMAT}; delete the file to have it computed again")
         names = {field.name for field in dataclasses.fields(cls)}
+        try:
+            check_content(cls, body)
+        except UsageError as error:
+            raise UsageError(f"{where}{error}; delete the file to have it computed again") from error
         try:
             record = cls(
                 **{
@@ -149,7 +155,7 @@ class Store:
         """The finished record at ``path``; None if there is none. A failed cell counts as not there."""
         if not path.is_file():
             return None
-        record = Record.from_json(path.read_text(encoding="utf-8"), path)
+        record = read_record(path)
         return None if record.error is not None else record
 
     def write(self, record: Record) -> Record:
@@ -161,7 +167,16 @@ class Store:
     def all(self) -> Iterator[Record]:
         """Every record, failed ones included, in the order of their paths."""
         for path in sorted(self.folder.glob("*/*/*.json")):
-            yield Record.from_json(path.read_text(encoding="utf-8"), path)
+            yield read_record(path)
+
+
+def read_record(path: Path) -> Record:
+    """The record in a file.
+
+    Raises:
+        UsageError: it cannot be read, is too large, or is no record whose numbers agree with its outcomes.
+    """
+    return Record.from_json(read_text(path, RECORD), path)
 
 
 def write_text(path: Path, text: str) -> None:

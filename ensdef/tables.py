@@ -11,6 +11,7 @@ from ensdef.footnotes import Footnotes
 from ensdef.latex import latex_table
 from ensdef.leaderboard_table import leaderboard_files
 from ensdef.manifests import Manifests
+from ensdef.markdown import escaped, markdown_table
 from ensdef.metrics import binomial_stderr, wilson
 from ensdef.records import Record, write_text
 from ensdef.worst_case import met_together, worst_case, worst_cases
@@ -102,17 +103,15 @@ def _one_line(value: Any) -> Any:
 
 def markdown(records: Sequence[Record], results: Path, title: str = "") -> str:
     """The records as a Markdown table in percent, footnotes for flags and failures below."""
-    from tabulate import tabulate
-
     notes = Footnotes(records)
     worst = {id(record): worst_case(met) for met in met_together(records) for record in met}
-    text = f"# {title}\n\n" if title else ""
-    text += tabulate(_grid(records, results, notes, worst), headers="keys", tablefmt="github", disable_numparse=True)
-    text += "".join(f"\n\n{paragraph}" for paragraph in _below(notes, worst))
+    text = f"# {escaped(title)}\n\n" if title else ""
+    text += markdown_table(_grid(records, results, notes, worst))
+    text += "".join(f"\n\n{escaped(paragraph)}" for paragraph in _below(notes, worst))
     departures = {(record.method, why): None for record in records for why in record.training.get("deviations", ())}
     if departures:
         text += "\n\nWhere methods depart from their papers or released code:\n"
-        text += "".join(f"\n- {method}: {why}" for method, why in departures)
+        text += "".join(f"\n- {method}: {escaped(why)}" for method, why in departures)
     return text + "\n"
 
 

@@ -15,8 +15,8 @@ from ensdef.errors import UsageError
 from ensdef.health.catalogue import finding
 from ensdef.leaderboard import Standing, standings
 from ensdef.leaderboard_table import leaderboard_files
-from ensdef.records import Record, Store
 from ensdef.manifests import Manifests
+from ensdef.records import Record, Store
 from ensdef.tables import build_table, stale_tables, write_table
 
 N = 40

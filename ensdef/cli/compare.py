@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -23,7 +23,9 @@ if TYPE_CHECKING:
 @cli.command()
 @click.argument("first")
 @click.argument("second")
-@click.option("--attack", metavar="CALL", help="Under this attack alone, as tables write it [default: each that both met].")
+@click.option(
+    "--attack", metavar="CALL", help="Under this attack alone, as tables write it [default: each that both met]."
+)
 @click.option("--results", type=click.Path(path_type=Path), default=Path("results"), show_default=True)
 @click.option("--seed", type=click.IntRange(0, 2**32 - 1), default=0, show_default=True, help="Of the bootstrap.")
 @click.option("--json", "as_json", is_flag=True, help="Comparisons as JSON on stdout.")
@@ -190,7 +192,7 @@ def power(
         f"{difference:g} points between rows of {accuracy:g} and {accuracy + difference:g} %, at 5 %, two-sided; the "
         f"rows differ on {100 * share:g} % of the images"
     )
-    tests = {
+    tests: dict[str, Callable[[int], float]] = {
         "the same images for both rows (McNemar, exact)": lambda n: planner.paired_power(n, d, share),
         "other images for each row (chi-squared)": lambda n: planner.unpaired_power(n, p, d),
     }
@@ -206,8 +208,8 @@ def power(
 
         needed = planner.smallest(of_trainings, goal, 10**5)
         click.echo(
-            f"  trainings that spread by {spread:g} points (Student's t): {_number(needed, 10**5)} of each method for a "
-            f"power of {target:g} %"
+            f"  trainings that spread by {spread:g} points (Student's t): {_number(needed, 10**5)} of each method "
+            f"for a power of {target:g} %"
         )
         if trainings is not None:
             click.echo(f"    with {trainings:,} trainings of each: {100 * of_trainings(trainings):.1f} %")
