@@ -10,9 +10,9 @@ from pathlib import Path
 
 from tabulate import tabulate
 
+from ensdef.manifests import Manifests
 from ensdef.papers.comparison import compare
 from ensdef.papers.orderings import orderings
-from ensdef.tables import Manifests
 
 
 def main() -> None:

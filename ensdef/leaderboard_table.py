@@ -8,6 +8,7 @@ from typing import Any
 from ensdef.footnotes import Footnotes
 from ensdef.latex import latex_table
 from ensdef.leaderboard import Standing, standings
+from ensdef.markdown import escaped, markdown_table
 from ensdef.records import Record
 from ensdef.statistics import Estimate
 
@@ -126,20 +127,10 @@ def _bold(rows: Sequence[Standing]) -> set[tuple[int, str]]:
 
 
 def _markdown(rows: Sequence[Standing], title: str, records: Sequence[Record]) -> str:
-    from tabulate import tabulate
-
-    notes, bold = Footnotes(records), _bold(rows)
-    cells = [
-        {head: _strong(text) if (number, head) in bold else text for head, text in printed.items()}
-        for number, printed in enumerate(_cells(rows, notes))
-    ]
-    parts = [f"# {title}", tabulate(cells, headers="keys", tablefmt="github", disable_numparse=True)]
-    return "\n\n".join([*parts, *_reading(rows), *_numbered(notes), *_departures(records)]) + "\n"
-
-
-def _strong(text: str) -> str:
-    number, bracket, marks = text.partition(" [")
-    return f"**{number}**{bracket}{marks}"
+    notes = Footnotes(records)
+    parts = [f"# {escaped(title)}", markdown_table(_cells(rows, notes), frozenset(_bold(rows)))]
+    below = map(escaped, (*_reading(rows), *_numbered(notes)))
+    return "\n\n".join([*parts, *below, *_departures(records)]) + "\n"
 
 
 def _latex(rows: Sequence[Standing], name: str, title: str, records: Sequence[Record]) -> str:
@@ -176,5 +167,5 @@ def _numbered(notes: Footnotes) -> list[str]:
 
 def _departures(records: Sequence[Record]) -> list[str]:
     found = {(record.method, why): None for record in records for why in record.training.get("deviations", ())}
-    listed = "\n".join(f"- {method}: {why}" for method, why in found)
+    listed = "\n".join(f"- {method}: {escaped(why)}" for method, why in found)
     return [f"Where methods depart from their papers or released code:\n\n{listed}"] if found else []

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ensdef.latex import latex_table
+from ensdef.markdown import escaped, markdown_table
 from ensdef.measurement import Measurement
 
 _KEY = "Values ± standard error where there is one, on n images; `ensdef list measurements` tells what they are."
@@ -53,10 +54,7 @@ def csv(measurements: Sequence[Measurement], results: Path) -> str:
 
 def markdown(measurements: Sequence[Measurement], title: str) -> str:
     """One measurement a row, its values as columns."""
-    from tabulate import tabulate
-
-    text = tabulate(_rows(measurements), headers="keys", tablefmt="github", disable_numparse=True)
-    return f"# {title}\n\n{text}\n\n{_KEY}\n"
+    return f"# {escaped(title)}\n\n{markdown_table(_rows(measurements))}\n\n{_KEY}\n"
 
 
 def _rows(measurements: Sequence[Measurement]) -> list[dict[str, str]]:

@@ -10,8 +10,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ensdef.bounded import MEASUREMENT, parse_json, read_text
 from ensdef.errors import UsageError
 from ensdef.keys import checksum_of
+from ensdef.record_check import check_content
 from ensdef.records import write_text
 
 FORMAT = 1
@@ -84,11 +86,15 @@ class Measurement:
         """
         where = f"{path}: " if path else ""
         try:
-            body = json.loads(text)
-        except ValueError as error:
-            raise UsageError(f"{where}no JSON ({error}); {_AGAIN}") from error
+            body = parse_json(text)
+        except UsageError as error:
+            raise UsageError(f"{where}no measurement: {error}; {_AGAIN}") from error
         if not isinstance(body, dict) or body.get("format") != FORMAT:
             raise UsageError(f"{where}no measurement of format {FORMAT}; {_AGAIN}")
+        try:
+            check_content(cls, body)
+        except UsageError as error:
+            raise UsageError(f"{where}{error}; {_AGAIN}") from error
         try:
             actual, told = checksum_of(body, "checksum"), body.pop("checksum", None)
             del body["format"]
@@ -116,11 +122,7 @@ def read_measurement(path: str | Path) -> Measurement:
         UsageError: there is no such file, or it is not as it was written.
     """
     path = Path(path)
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"{path}: no measurement can be read there ({error})") from error
-    return Measurement.from_json(text, path)
+    return Measurement.from_json(read_text(path, MEASUREMENT), path)
 
 
 class Measurements:

@@ -93,6 +93,8 @@ def fraction(text: str | int | float | Fraction, what: str) -> Fraction:
     """
     if isinstance(text, bool):
         raise UsageError(f"{what} is {text!r}; expected a number such as 0.1 or '8/255'")
+    if re.search(r"\d{400}|e[+-]?\d{5}", str(text), re.IGNORECASE):  # an exponent of nine digits takes the whole memory
+        raise UsageError(f"{what} is {str(text)[:40]!r}, which no floating-point number can hold")
     try:
         number = Fraction(str(text).strip())
         float(number)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import re
-import tomllib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+from ensdef.bounded import TOML, parse_toml, read_text
 from ensdef.errors import UsageError, suggest
 
 
@@ -79,13 +79,10 @@ def read_protocol_file(name: str) -> ProtocolFile:
         if name not in shipped:
             raise UsageError(suggest("protocol", name, shipped))
         path, stem, shown = shipped[name], name, f"protocol {name}"
+    text = read_text(path, TOML) if isinstance(path, Path) else path.read_text(encoding="utf-8")
     try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"{shown} cannot be read: {error}") from error
-    try:
-        return ProtocolFile(stem, shown, text, tomllib.loads(text))
-    except tomllib.TOMLDecodeError as error:
+        return ProtocolFile(stem, shown, text, parse_toml(text))
+    except UsageError as error:
         raise UsageError(f"{shown}: {error}") from error
 
 

@@ -6,17 +6,16 @@ import dataclasses
 import json
 import os
 import tempfile
-import typing
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from functools import cache
 from pathlib import Path
 from typing import Any
 
+from ensdef.bounded import RECORD, parse_json, read_text
 from ensdef.errors import UsageError
 from ensdef.keys import checksum_of
 from ensdef.metrics import binomial_stderr, fraction_of
-from ensdef.typed import fits
+from ensdef.record_check import check_content
 
 FORMAT = 1
 #: Where a record's file keeps the checksum of all that it says.
@@ -93,19 +92,21 @@ class Record:
         """
         where = f"{path}: " if path else ""
         try:
-            body = json.loads(text)
-        except (ValueError, RecursionError) as error:
-            raise UsageError(f"{where}no JSON ({error}); {_AGAIN}") from error
+            body = parse_json(text)
+        except UsageError as error:
+            raise UsageError(f"{where}no record: {error}; {_AGAIN}") from error
         if not isinstance(body, dict) or body.get("format") != FORMAT:
             raise UsageError(f"{where}no record of format {FORMAT}; {_AGAIN}")
-        hints = _hints()
-        fields = {**{name: value for name, value in body.items() if name in hints}, "path": str(path) if path else None}
+        names = {field.name for field in dataclasses.fields(cls)}
+        fields = {**{name: value for name, value in body.items() if name in names}, "path": str(path) if path else None}
+        try:
+            check_content(cls, body)
+        except UsageError as error:
+            raise UsageError(f"{where}{error}; {_AGAIN}") from error
         try:
             record = cls(**fields)
         except TypeError as error:
             raise UsageError(f"{where}incomplete record ({error}); {_AGAIN}") from error
-        if odd := [name for name, value in fields.items() if not fits(value, hints[name])]:
-            raise UsageError(f"{where}{odd[0]} is {str(fields[odd[0]])[:60]!r}, which it cannot be; {_AGAIN}")
         record._check(where)
         try:
             intact = body.get(CHECKSUM) == checksum_of(body, CHECKSUM)
@@ -136,12 +137,6 @@ class Record:
             raise UsageError(f"{where}{told}; {_AGAIN}")
 
 
-@cache
-def _hints() -> dict[str, Any]:
-    """The types of a record's fields."""
-    return typing.get_type_hints(Record)
-
-
 def with_outcomes(record: Record, ids: list[int], clean: list[int], robust: list[int]) -> Record:
     """A record whose accuracies and standard error are counted from the outcomes."""
     accuracy = fraction_of(robust)
@@ -169,7 +164,7 @@ class Store:
         """The finished record at ``path``; None if there is none. A failed cell counts as not there."""
         if not path.is_file():
             return None
-        record = Record.from_json(path.read_text(encoding="utf-8"), path)
+        record = read_record(path)
         return None if record.error is not None else record
 
     def write(self, record: Record) -> Record:
@@ -181,7 +176,16 @@ class Store:
     def all(self) -> Iterator[Record]:
         """Every record, failed ones included, in the order of their paths."""
         for path in sorted(self.folder.glob("*/*/*.json")):
-            yield Record.from_json(path.read_text(encoding="utf-8"), path)
+            yield read_record(path)
+
+
+def read_record(path: Path) -> Record:
+    """The record in a file.
+
+    Raises:
+        UsageError: it cannot be read, is too large, or is no record whose numbers agree with its outcomes.
+    """
+    return Record.from_json(read_text(path, RECORD), path)
 
 
 def write_text(path: Path, text: str) -> None:

@@ -1,4 +1,4 @@
-"""What a leaderboard may claim: means with their errors, paired tests, and ranks no finer than those allow. No torch.
+"""What tables may claim: means with their errors, paired tests, and ranks no finer than those allow. No torch.
 
 An outcome is 1 where an image stayed right, else 0. The unit of every test and standard error is the image: the same
 image under several training seeds is no new evidence about images. Training seeds are told apart from that, as the
@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from statistics import fmean, stdev
+from statistics import fmean, stdev, variance
 
 from ensdef.health.statistics import sign_test
 
@@ -82,6 +82,83 @@ def paired_p(a: Outcomes, b: Outcomes) -> float:
         ValueError: other numbers of images.
     """
     return sign_test(*wins_and_losses(a, b))
+
+
+def paired_interval(a: Outcomes, b: Outcomes, seed: int = 0) -> tuple[float, float]:
+    """95 % interval of the difference of two means, ``a`` minus ``b``: percentiles of a paired bootstrap over images.
+
+    An image is drawn with everything that happened to it: in both rows, under all seeds. Where no image differs, a
+    resample cannot either; then the largest share of differing images that such a sample leaves possible bounds the
+    difference (Clopper and Pearson's interval of 0 out of N).
+
+    Args:
+        a, b: outcomes of two rows on the same images in the same order; numbers of seeds may differ.
+        seed: of the resampling.
+    Returns:
+        low and high, in [-1, 1].
+    Raises:
+        ValueError: other numbers of images.
+    """
+    import numpy as np
+    from scipy.stats import binomtest, bootstrap
+
+    wins, losses = wins_and_losses(a, b)
+    n = _images(a)
+    if not wins + losses:
+        bound = float(binomtest(0, n).proportion_ci(method="exact").high)
+        return -bound, bound
+    found = bootstrap(
+        (np.mean(a, axis=0), np.mean(b, axis=0)),
+        lambda first, second, axis: np.mean(first - second, axis=axis),
+        paired=True,
+        method="percentile",
+        batch=max(1, 10**6 // n),
+        random_state=np.random.default_rng(seed),
+    )
+    return float(found.confidence_interval.low), float(found.confidence_interval.high)
+
+
+@dataclass(frozen=True)
+class Components:
+    """Where the uncertainty of one row comes from; nothing of one is counted in another.
+
+    Args:
+        images: standard error of the row's mean over these networks and attack seeds.
+        training_seeds: standard deviation from one training to another; None: a single one.
+        attack_seeds: standard deviation from one attack seed to another on the same network; None: a single one.
+    """
+
+    images: float
+    training_seeds: float | None
+    attack_seeds: float | None
+
+
+def components(outcomes: Mapping[tuple[Hashable, Hashable], Sequence[int]]) -> Components:
+    """Spreads of nested seeds, by the method of moments (one-way analysis of variance).
+
+    Args:
+        outcomes: by training seed and attack seed, each with one outcome an image, in the same order everywhere.
+    Raises:
+        ValueError: nothing, or different numbers of images.
+    """
+    n = _images(list(outcomes.values()))
+    trainings: dict[Hashable, list[float]] = {}
+    for (training, _), images in outcomes.items():
+        trainings.setdefault(training, []).append(sum(images) / n)
+    freedom = sum(len(attacked) - 1 for attacked in trainings.values())
+    within = sum((one - fmean(attacked)) ** 2 for attacked in trainings.values() for one in attacked)
+    attack_variance = within / freedom if freedom else None
+    training_std = None
+    if len(trainings) > 1:
+        # means of a training over its attack seeds still carry a share of their spread
+        share = fmean(1 / len(attacked) for attacked in trainings.values())
+        between = variance([fmean(attacked) for attacked in trainings.values()])
+        training_std = math.sqrt(max(0.0, between - share * (attack_variance or 0.0)))
+    return Components(
+        estimate(list(outcomes.values())).stderr,
+        training_std,
+        None if attack_variance is None else math.sqrt(attack_variance),
+    )
 
 
 class PairedTests:

@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any
 
-from ensdef.errors import UsageError, suggest
+from ensdef.errors import UsageError
 from ensdef.footnotes import Footnotes
 from ensdef.latex import latex_table
 from ensdef.leaderboard_table import leaderboard_files
-from ensdef.measurement import Measurement, read_measurement
-from ensdef.metrics import binomial_stderr
+from ensdef.manifests import Manifests
+from ensdef.markdown import escaped, markdown_table
+from ensdef.metrics import binomial_stderr, wilson
 from ensdef.records import Record, write_text
 from ensdef.worst_case import met_together, worst_case, worst_cases
 
-#: What is made of a table's records: a row each, a row a defence with ranks, numbers beside
-#: accuracy, or answers to a paper's cells.
-Kind = Literal["grid", "leaderboard", "measures", "paper"]
 #: Columns of the CSV, numbers as fractions.
 COLUMNS = (
     "method",
@@ -38,6 +35,8 @@ COLUMNS = (
     "clean_stderr",
     "robust_accuracy",
     "robust_stderr",
+    "robust_low",
+    "robust_high",
     "seconds",
     "forwards",
     "backwards",
@@ -72,6 +71,7 @@ def row(record: Record, results: Path) -> dict[str, Any]:
         "clean_stderr": None if clean is None else binomial_stderr(clean, record.n),
         "robust_accuracy": record.robust_accuracy,
         "robust_stderr": record.stderr,
+        **dict(zip(("robust_low", "robust_high"), interval(record) or (None, None), strict=True)),
         "seconds": record.seconds,
         "forwards": record.forwards,
         "backwards": record.backwards,
@@ -80,6 +80,11 @@ def row(record: Record, results: Path) -> dict[str, Any]:
         "protocol": record.provenance.get("protocol"),
         "record": path.as_posix() if path else None,
     }
+
+
+def interval(record: Record) -> tuple[float, float] | None:
+    """Wilson's 95 % interval of the robust accuracy over images; None where there is no accuracy."""
+    return None if record.robust_accuracy is None else wilson(round(record.robust_accuracy * record.n), record.n)
 
 
 def csv(records: Sequence[Record], results: Path) -> str:
@@ -98,17 +103,15 @@ def _one_line(value: Any) -> Any:
 
 def markdown(records: Sequence[Record], results: Path, title: str = "") -> str:
     """The records as a Markdown table in percent, footnotes for flags and failures below."""
-    from tabulate import tabulate
-
     notes = Footnotes(records)
     worst = {id(record): worst_case(met) for met in met_together(records) for record in met}
-    text = f"# {title}\n\n" if title else ""
-    text += tabulate(_grid(records, results, notes, worst), headers="keys", tablefmt="github", disable_numparse=True)
-    text += "".join(f"\n\n{paragraph}" for paragraph in _below(notes, worst))
+    text = f"# {escaped(title)}\n\n" if title else ""
+    text += markdown_table(_grid(records, results, notes, worst))
+    text += "".join(f"\n\n{escaped(paragraph)}" for paragraph in _below(notes, worst))
     departures = {(record.method, why): None for record in records for why in record.training.get("deviations", ())}
     if departures:
         text += "\n\nWhere methods depart from their papers or released code:\n"
-        text += "".join(f"\n- {method}: {why}" for method, why in departures)
+        text += "".join(f"\n- {method}: {escaped(why)}" for method, why in departures)
     return text + "\n"
 
 
@@ -129,7 +132,9 @@ def _below(notes: Footnotes, worst: Mapping[int, Record]) -> list[str]:
     if worst:
         radius = " (at this radius)" if any(record.norm for record in worst.values()) else ""
         told.append(f"worst %: right under every attack on this model in this table{radius}, image by image.")
-    told.append("Accuracy in percent ± binomial standard error over n test images.")
+    told.append(
+        "Accuracy in percent ± binomial standard error over n test images; 95 %: Wilson's interval of robust accuracy."
+    )
     return told + [f"[{index}] {note}" for index, note in enumerate(notes.texts, start=1)]
 
 
@@ -150,6 +155,7 @@ def _grid(
                 "eps": record.eps or "-",
                 "clean %": percent(record.clean_accuracy, record.n),
                 "robust %": percent(record.robust_accuracy, record.n) + notes.marks(record),
+                "95 %": _range(interval(record)),
                 **({"worst %": _worst_percent(worst.get(id(record)))} if worst else {}),
                 "n": record.n,
                 "time s": f"{record.seconds:.1f}",
@@ -157,6 +163,11 @@ def _grid(
             }
         )
     return rows
+
+
+def _range(found: tuple[float, float] | None) -> str:
+    """``49.8-58.5``, in percent; a dash where there is no number."""
+    return "-" if found is None else f"{100 * found[0]:.1f}-{100 * found[1]:.1f}"
 
 
 def _worst_percent(worst: Record | None) -> str:
@@ -168,104 +179,6 @@ def percent(accuracy: float | None, n: int) -> str:
     if accuracy is None:
         return "-"
     return f"{100 * accuracy:.1f} ± {100 * binomial_stderr(accuracy, n):.1f}"
-
-
-class Manifests:
-    """Which cells make up which table: ``manifests/<name>.json``, written by the run, read by ``ensdef table``."""
-
-    def __init__(self, results: Path) -> None:
-        self.results = results
-        self.folder = results / "manifests"
-
-    def names(self) -> list[str]:
-        return sorted(path.stem for path in self.folder.glob("*.json"))
-
-    def of_protocol(self, name: str) -> list[str]:
-        """The table of this name, or those of a protocol at all its scales.
-
-        Raises:
-            UsageError: there is none.
-        """
-        known = self.names()
-        found = [table for table in known if table == name or table.rpartition("-")[0] == name]
-        if not found:
-            raise UsageError(suggest("table", name, known) + f" (in {self.results}; `ensdef run` makes them)")
-        return found
-
-    def write(self, name: str, title: str, records: Sequence[Record], *, extend: bool, kind: Kind = "grid") -> None:
-        """Remember the records of a table and what is made of them; ``extend`` keeps those that were there before."""
-        paths = self._read(name)["records"] if extend and name in self.names() else []
-        for record in records:
-            path = Path(str(record.path)).relative_to(self.results).as_posix()
-            if path not in paths:
-                paths.append(path)
-        content = {"title": title, "kind": kind, "records": paths}
-        write_text(self.folder / f"{name}.json", json.dumps(content, indent=1) + "\n")
-
-    def read(self, name: str) -> tuple[str, list[Record]]:
-        """Title and records of a table.
-
-        Raises:
-            UsageError: no such table, or a record is missing.
-        """
-        content = self._read(name)
-        records = []
-        for relative in content["records"]:
-            path = self.results / relative
-            if not path.resolve().is_relative_to(self.results.resolve()) or not path.is_file():
-                raise UsageError(f"table {name}: record {relative} is missing; run the protocol again")
-            records.append(Record.from_json(path.read_text(encoding="utf-8"), path))
-        return str(content["title"]), records
-
-    def kind(self, name: str) -> Kind:
-        """What is made of a table's records; manifests that do not say so are grids.
-
-        Raises:
-            UsageError: no such table, or of a kind that is not known.
-        """
-        kind: Kind = self._content(name).get("kind", "grid")
-        if kind not in get_args(Kind):
-            expected = ", ".join(get_args(Kind))
-            raise UsageError(f"{self.folder / (name + '.json')} is of kind {kind!r}; expected one of {expected}")
-        return kind
-
-    def write_measurements(self, name: str, title: str, measurements: Sequence[Measurement]) -> None:
-        """Remember the measurements of a table; those that failed have no file."""
-        paths = [Path(str(one.path)).relative_to(self.results).as_posix() for one in measurements if one.path]
-        content = {"title": title, "kind": "measures", "measurements": paths}
-        write_text(self.folder / f"{name}.json", json.dumps(content, indent=1) + "\n")
-
-    def measurements(self, name: str) -> tuple[str, list[Measurement]]:
-        """Title and measurements of a table.
-
-        Raises:
-            UsageError: a measurement is missing or was edited.
-        """
-        content = self._content(name)
-        paths = [self.results / str(path) for path in content.get("measurements", ())]
-        for path in paths:
-            if not path.resolve().is_relative_to(self.results.resolve()):
-                raise UsageError(f"table {name}: measurement {path} is outside {self.results}; run the protocol again")
-        return str(content.get("title", name)), [read_measurement(path) for path in paths]
-
-    def _content(self, name: str) -> dict[str, Any]:
-        self.of_protocol(name)
-        path = self.folder / f"{name}.json"
-        try:
-            content = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise UsageError(f"{path} is no table manifest ({error!r})") from error
-        if not isinstance(content, dict):
-            raise UsageError(f"{path} is no table manifest (it holds no object)")
-        return content
-
-    def _read(self, name: str) -> dict[str, Any]:
-        content = self._content(name)
-        try:
-            paths = [str(path) for path in content["records"]]
-            return {"title": str(content["title"]), "records": paths}
-        except (KeyError, TypeError) as error:
-            raise UsageError(f"{self.folder / (name + '.json')} is no table manifest ({error!r})") from error
 
 
 def build_table(name: str, results: Path) -> dict[str, str]:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 from scipy import stats
 
-from ensdef.health.statistics import ENOUGH, better, exceeds, judged, sign_test, tail, wilson
+from ensdef.health.statistics import ENOUGH, better, exceeds, judged, sign_test, tail
+from ensdef.metrics import wilson
 
 
 @pytest.mark.parametrize("wins", [0, 1, 3, 8, 40, 700])

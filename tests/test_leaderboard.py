@@ -15,8 +15,9 @@ from ensdef.errors import UsageError
 from ensdef.health.catalogue import finding
 from ensdef.leaderboard import Standing, standings
 from ensdef.leaderboard_table import leaderboard_files
+from ensdef.manifests import Manifests
 from ensdef.records import Record, Store
-from ensdef.tables import Manifests, build_table, stale_tables, write_table
+from ensdef.tables import build_table, stale_tables, write_table
 
 N = 40
 

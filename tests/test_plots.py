@@ -18,6 +18,7 @@ from matplotlib.text import Text
 from ensdef.cli import cli, plot  # noqa: F401 - adds its command
 from ensdef.errors import UsageError
 from ensdef.jobs import Run
+from ensdef.manifests import Manifests
 from ensdef.measurement import Measurement, Measurements
 from ensdef.measuring import MeasureSpec, measure_all
 from ensdef.metrics import binomial_stderr
@@ -25,7 +26,6 @@ from ensdef.plots import KINDS, Choice, draw, save
 from ensdef.plots.examples import attacked_again
 from ensdef.plots.robustness import Line, lines
 from ensdef.records import Record, Store, with_outcomes
-from ensdef.tables import Manifests
 
 
 def record(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import io
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,8 @@ from ensdef.cli.run import _overlay
 from ensdef.errors import UsageError
 from ensdef.health.catalogue import finding
 from ensdef.keys import checksum_of
-from ensdef.metrics import binomial_stderr, fraction_of
+from ensdef.manifests import Manifests
+from ensdef.metrics import binomial_stderr, fraction_of, wilson
 from ensdef.papers.parsing import is_paper_table
 from ensdef.protocol import (
     AttackColumn,
@@ -36,7 +38,6 @@ from ensdef.records import CHECKSUM, FORMAT, Record, Store, with_outcomes, write
 from ensdef.specs import Cell
 from ensdef.tables import (
     COLUMNS,
-    Manifests,
     build_table,
     csv,
     latex,
@@ -392,6 +393,7 @@ def test_the_csv_gives_the_same_numbers_back(several: list[Record]) -> None:
         assert float(found["clean_accuracy"]) == one.clean_accuracy
         assert float(found["robust_accuracy"]) == one.robust_accuracy
         assert float(found["robust_stderr"]) == one.stderr
+        assert (float(found["robust_low"]), float(found["robust_high"])) == wilson(sum(one.outcomes["robust"]), one.n)
         assert float(found["clean_stderr"]) == binomial_stderr(float(one.clean_accuracy or 0), one.n)
         assert float(found["seconds"]) == one.seconds
         assert float(found["forwards"]) == one.forwards
@@ -405,7 +407,7 @@ def test_texts_with_commas_quotes_and_lines_survive_the_csv() -> None:
 
 def test_a_failed_record_has_empty_numbers_and_its_error_in_the_csv() -> None:
     frame = pd.read_csv(io.StringIO(csv([failed("it, broke")], Path("results"))))
-    numbers = ["clean_accuracy", "clean_stderr", "robust_accuracy", "robust_stderr"]
+    numbers = ["clean_accuracy", "clean_stderr", "robust_accuracy", "robust_stderr", "robust_low", "robust_high"]
     assert frame[numbers].isna().all(axis=None)
     assert frame["error"][0] == "it, broke"
 
@@ -420,7 +422,18 @@ def test_the_markdown_has_one_row_a_record_in_their_order() -> None:
     assert text.startswith("# A title\n\n| method ")
     rows = [line for line in text.splitlines() if line.startswith("|")][2:]
     assert [line.split("|")[1].strip() for line in rows] == ["second", "first"]
-    assert "| 75.0 ± 21.7 | 50.0 ± 25.0 " in rows[0]
+    assert "| 75.0 ± 21.7 | 50.0 ± 25.0 | 15.0-85.0 " in " ".join(rows[0].split())
+
+
+def test_no_text_of_a_record_ends_a_cell_or_a_row_or_starts_a_tag_or_a_link() -> None:
+    hostile = "a|b\n\\|<script>[x](javascript:alert(1))"
+    text = markdown([record(label=hostile, attack_label=hostile), failed(hostile)], Path("results"), hostile)
+    lines = [line for line in text.splitlines() if line.startswith("|")]
+    assert len(lines) == 4
+    bars = [len(re.findall(r"(?<!\\)(?:\\\\)*\|", line)) for line in lines]
+    assert len(set(bars)) == 1
+    assert not re.search(r"(?<!\\)<script", text)
+    assert "](" not in text
 
 
 def test_the_markdown_shows_a_dash_and_a_footnote_for_a_failure() -> None:
@@ -867,9 +880,9 @@ def test_the_latex_has_the_cells_of_the_markdown_but_for_times_and_paths() -> No
     rows = [[cell.strip() for cell in line.rstrip("\\ ").split(" & ")] for line in body if " & " in line]
     assert rows[0] == [
         *("adv\\_en", "digits", "3 x small\\_resnet", "0", "pgd", "linf", "8/255"),
-        *("75.0 $\\pm$ 21.7", "50.0 $\\pm$ 25.0 [1]", "4"),
+        *("75.0 $\\pm$ 21.7", "50.0 $\\pm$ 25.0 [1]", "15.0-85.0", "4"),
     ]
-    assert rows[1][-3:] == ["-", "- [2]", "4"]
+    assert rows[1][-3:] == ["- [2]", "-", "4"]
     assert "[2] failed: no more memory" in text
 
 

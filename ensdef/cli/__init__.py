@@ -48,6 +48,7 @@ def cli() -> None:
 def main() -> None:
     """Entry point of the ``ensdef`` command."""
     from ensdef.cli import (  # noqa: F401 - the modules add their commands
+        compare,
         explain,
         inspect,
         measure,

@@ -89,7 +89,8 @@ def _costs() -> None:
 @click.option("--results", type=click.Path(path_type=Path), default=Path("results"), show_default=True)
 def table(protocol: str | None, every: bool, check: bool, results: Path) -> None:
     """Rebuild CSV and Markdown from records alone."""
-    from ensdef.tables import Manifests, stale_tables, write_table
+    from ensdef.manifests import Manifests
+    from ensdef.tables import stale_tables, write_table
 
     if every == (protocol is not None):
         raise click.UsageError("give either a PROTOCOL or --all")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import tomllib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from ensdef.bounded import TOML, parse_toml, read_text
 from ensdef.errors import UsageError
 
 if TYPE_CHECKING:
@@ -25,8 +25,8 @@ def _config(ctx: click.Context, parameter: click.Parameter, value: str | None) -
     if value is None:
         return {}
     try:
-        content = tomllib.loads(Path(value).read_text(encoding="utf-8"))
-    except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        content = parse_toml(read_text(Path(value), TOML))
+    except UsageError as error:
         raise click.UsageError(f"--config {value}: {error}") from error
     train = content.pop("train", {})
     options = {str(key).replace("-", "_"): item for key, item in content.items()}

@@ -22,11 +22,11 @@ from ensdef.protocol import Protocol, grid_of, layered, load_protocol, with_atta
 from ensdef.protocol_file import read_protocol_file
 
 if TYPE_CHECKING:
+    from ensdef.manifests import Kind
     from ensdef.measure_spec import MeasureSpec
     from ensdef.measurement import Measurement
     from ensdef.records import Record
     from ensdef.specs import Cell
-    from ensdef.tables import Kind
 
 
 @cli.command()
@@ -172,8 +172,9 @@ def _replicate(table: PaperTable, options: RunOptions) -> None:
 def _measures(protocol: Protocol, table: str, protocol_id: str | None, options: RunOptions) -> None:
     """Plan, make and report measurements."""
     from ensdef.claims import one_at_a_time
+    from ensdef.manifests import Manifests
     from ensdef.measuring import check_measurable, plan_measurements
-    from ensdef.tables import Manifests, write_table
+    from ensdef.tables import write_table
 
     specs = plan_measurements(protocol, protocol.measures)
     if options.dry_run:
@@ -253,7 +254,8 @@ def _report(
     records: list[Record], protocol: Protocol, protocol_id: str | None, table: str, results: Path, as_json: bool
 ) -> None:
     from ensdef.claims import one_at_a_time
-    from ensdef.tables import Manifests, build_table, markdown, write_table
+    from ensdef.manifests import Manifests
+    from ensdef.tables import build_table, markdown, write_table
 
     with one_at_a_time(results, "tables"):
         # a bench adds to what was benched before; a protocol's table is the protocol's cells and no others

@@ -19,6 +19,8 @@ from ensdef.datasets._resize import check_size
 from ensdef.errors import DataError
 
 FORMATS = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".ppm", ".tif", ".tiff")
+#: Largest image that is read, in bytes and in pixels.
+LARGEST_FILE, MOST_PIXELS = 256 << 20, 64_000_000
 LAYOUT = "train/<class>/<image> and test/<class>/<image>"
 
 
@@ -131,7 +133,12 @@ def _pixels(path: Path, side: int, resize: bool) -> NDArray[np.uint8]:
 
 def _rgb(path: Path) -> Image.Image:
     try:
+        if (size := path.stat().st_size) > LARGEST_FILE:
+            raise DataError(f"it has {size / 2**20:.0f} MB, more than the {LARGEST_FILE >> 20} MB that are read")
         with Image.open(path) as image:
+            # before anything is decoded: a file of a few kilobytes may unpack to gigabytes
+            if image.width * image.height > MOST_PIXELS:
+                raise DataError(f"it has {image.width}x{image.height} pixels, more than {MOST_PIXELS:,}")
             mode = image.mode
             converted = image.convert("RGB")
     except Exception as error:  # Pillow's decoders raise almost anything on damaged files

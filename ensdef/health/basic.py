@@ -14,9 +14,9 @@ from ensdef.defense import EnsembleDefense
 from ensdef.health.case import Case
 from ensdef.health.catalogue import FLAGS, Finding, finding
 from ensdef.health.observer import WATCHED, spread
-from ensdef.health.statistics import better, exceeds, judged, wilson
+from ensdef.health.statistics import better, exceeds, judged
 from ensdef.losses import cross_entropy
-from ensdef.metrics import binomial_stderr
+from ensdef.metrics import binomial_stderr, wilson
 
 #: Part of the attack's passes that the report may add.
 ALLOWED = 0.1

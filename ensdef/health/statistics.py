@@ -8,8 +8,6 @@ import math
 SIGNIFICANT = 0.01
 #: Fewer evaluated images than these are not judged by counts.
 ENOUGH = 200
-#: Standard errors of a 95 % interval.
-NINETY_FIVE = 1.959963984540054
 
 
 def judged(n: int) -> bool:
@@ -51,15 +49,3 @@ def _log_choose(n: int, k: int) -> float:
 def exceeds(count: int, n: int, share: float) -> bool:
     """Whether the share of images is significantly above ``share``."""
     return n > 0 and count / n > share and tail(count, n, share) < SIGNIFICANT
-
-
-def wilson(successes: int, n: int, z: float = NINETY_FIVE) -> tuple[float, float]:
-    """Wilson's interval of a fraction, 95 % by default, within [0, 1].
-
-    Source: Wilson, JASA 1927; unlike p +- z stderr it is not empty at 0 and 1.
-    """
-    p = successes / n
-    centre = p + z * z / (2 * n)
-    half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-    scale = 1 + z * z / n
-    return max(0.0, (centre - half) / scale), min(1.0, (centre + half) / scale)

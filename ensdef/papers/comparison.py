@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ensdef.bounded import MANIFEST, inside, read_json
 from ensdef.errors import UsageError
 from ensdef.measurement import Measurement, read_measurement
 from ensdef.papers.published import PublishedCell, published_table
 from ensdef.protocol_file import protocol_paths, read_protocol_file
-from ensdef.records import Record
+from ensdef.records import Record, read_record
 from ensdef.statistics import estimate
 
 #: What a fraction is multiplied with to have the paper's unit.
@@ -84,11 +84,8 @@ def compare(name: str, results: Path) -> Comparison:
     """
     path = results / "manifests" / f"{name}.json"
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        return _compare(name, content, results)
-    except OSError as error:
-        raise UsageError(f"{path} cannot be read ({error.strerror}); `ensdef run` writes it") from error
-    except (ValueError, KeyError, TypeError) as error:
+        return _compare(name, read_json(path, MANIFEST), results)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         if isinstance(error, UsageError):
             raise
         raise UsageError(f"{path} is no manifest of a paper's table ({error!r}); run the protocol again") from error
@@ -161,13 +158,10 @@ def _entry(
 
 def _read(path: str, results: Path, read: dict[str, Record | Measurement]) -> Record | Measurement:
     if path not in read:
-        file = results / path
-        if not file.resolve().is_relative_to(results.resolve()) or not file.is_file():
+        file = inside(results, path)
+        if not file.is_file():
             raise UsageError(f"{path} is missing from {results}; run the protocol again")
-        if path.startswith("measurements/"):
-            read[path] = read_measurement(file)
-        else:
-            read[path] = Record.from_json(file.read_text(encoding="utf-8"), file)
+        read[path] = read_measurement(file) if path.startswith("measurements/") else read_record(file)
     return read[path]
 
 

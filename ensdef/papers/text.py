@@ -7,6 +7,7 @@ from typing import Any
 
 from ensdef.footnotes import Footnotes
 from ensdef.latex import latex_table
+from ensdef.markdown import escaped, markdown_table
 from ensdef.papers.comparison import Comparison, Entry
 from ensdef.papers.layout import ROW_FIELDS, column_fields, column_title, key, telling, varying
 from ensdef.papers.orderings import best, orderings
@@ -48,21 +49,17 @@ def csv(comparison: Comparison) -> str:
 
 def markdown(comparison: Comparison) -> str:
     """The paper's layout, each cell ours and, in brackets, the paper's."""
-    from tabulate import tabulate
-
     grid = _Grid(comparison)
-    body = [
-        [f"**{row[column]}**" if (number, column) in grid.bold else row[column] for column in row]
-        for number, row in enumerate(grid.rows)
-    ]
-    text = f"# {comparison.title}\n\n{_told(comparison)}\n\n"
-    text += tabulate(body, headers=list(grid.rows[0]), tablefmt="github", disable_numparse=True)
+    text = f"# {escaped(comparison.title)}\n\n{escaped(_told(comparison))}\n\n"
+    text += markdown_table(grid.rows, frozenset(grid.bold))
     text += f"\n\n{_KEY} {_agreement(comparison)}"
-    text += "".join(f"\n\n{note}" for note in grid.notes)
+    text += "".join(f"\n\n{escaped(note)}" for note in grid.notes)
     if comparison.deviations:
-        text += "\n\nWhat differs from the paper:\n\n" + "\n".join(f"- {told}" for told in comparison.deviations)
+        text += "\n\nWhat differs from the paper:\n\n" + "\n".join(
+            f"- {escaped(told)}" for told in comparison.deviations
+        )
     if comparison.notes:
-        text += "\n\nOn the published numbers:\n\n" + "\n".join(f"- {told}" for told in comparison.notes)
+        text += "\n\nOn the published numbers:\n\n" + "\n".join(f"- {escaped(told)}" for told in comparison.notes)
     return text + "\n"
 
 

@@ -11,10 +11,10 @@ from typing import Any, Literal
 
 from ensdef.errors import UsageError
 from ensdef.keys import canonical
+from ensdef.manifests import Manifests
 from ensdef.measurement import Measurement, Measurements
 from ensdef.notation import fraction
 from ensdef.records import Record, Store
-from ensdef.tables import Manifests
 
 
 @dataclass(frozen=True)

@@ -15,12 +15,13 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
+from ensdef.bounded import safe_name
 from ensdef.errors import CheckpointError, UsageError
 from ensdef.plots.choice import Choice
 from ensdef.plots.kinds import KINDS
 from ensdef.plots.style import caption, new_figure, styled
 from ensdef.plots.surface import show_picture
-from ensdef.records import Record
+from ensdef.records import Record, read_record
 
 #: Inches of a picture.
 PANEL = 1.5
@@ -71,10 +72,7 @@ def _of_kind(record: Record, which: str) -> list[int]:
 
 def _the_one(results: Path, choice: Choice) -> Record:
     if choice.record is not None:
-        try:
-            return Record.from_json(choice.record.read_text(encoding="utf-8"), choice.record)
-        except (OSError, UnicodeDecodeError) as error:
-            raise UsageError(f"--record {choice.record} cannot be read: {error}") from error
+        return read_record(choice.record)
     found = choice.records(results, KINDS["examples"].command)
     if len(found) > 1:
         shown = ", ".join(str(record.path) for record in found[:3])
@@ -140,16 +138,18 @@ def attacked_again(record: Record, results: Path, positions: Sequence[int]) -> E
 
 
 def _checkpoint(record: Record, results: Path) -> Path:
-    """The checkpoint's folder, where the record says or in a results folder that was moved."""
+    """The checkpoint's folder: of the name that the record tells, in ``results`` or beside the record."""
     if record.checkpoint is None:
         raise CheckpointError(f"{record.path} names no checkpoint: it is of a model that was not trained here")
-    told = Path(record.checkpoint)
-    for folder in (told, results / "checkpoints" / told.name):
-        if folder.is_dir():
-            return folder
+    # the name alone: what a file says must not lead to any folder of the machine
+    name = safe_name(Path(record.checkpoint).name, "the checkpoint")
+    beside = Path(str(record.path)).resolve().parents
+    for folder in (results, *(parent.parent for parent in beside[:3] if parent.name == "records")):
+        if (folder / "checkpoints" / name).is_dir():
+            return folder / "checkpoints" / name
     raise CheckpointError(
-        f"the checkpoint {told} of {record.path} is not there; run what made the record again, or name the results "
-        "folder that has it with --results"
+        f"the checkpoint {name} of {record.path} is not in {results / 'checkpoints'}; run what made the record again, "
+        "or name the results folder that has it with --results"
     )
 
 

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ensdef.errors import UsageError
+from ensdef.manifests import Manifests
 from ensdef.records import Record
-from ensdef.tables import Manifests
 
 if TYPE_CHECKING:
     from ensdef.measurement import Measurement
