@@ -212,7 +212,7 @@ def _scores(judge: Target, x: Tensor, batch_size: int, check: bool = True) -> Te
     """Scores of the true model, (N, C); in smaller batches where memory does not suffice."""
     try:
         return _scores_in_batches(judge, x, batch_size, check)
-    except RuntimeError as error:
+    except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error) or batch_size <= SMALLEST_BATCH:
             raise
     judge.forget()

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ensdef.errors import UsageError
+from ensdef.errors import StorageError, UsageError
 from ensdef.metrics import binomial_stderr, fraction_of
 
 FORMAT = 1
@@ -146,10 +146,14 @@ class Store:
         return self.folder / dataset / method / f"{attack}-{key[:16]}.json"
 
     def read(self, path: Path) -> Record | None:
-        """The finished record at ``path``; None if there is none. A failed cell counts as not there."""
+        """The finished record at ``path``; None if there is none. A failed cell counts as not there.
+
+        Raises:
+            UsageError: it is damaged.
+        """
         if not path.is_file():
             return None
-        record = Record.from_json(path.read_text(encoding="utf-8"), path)
+        record = read_record(path)
         return None if record.error is not None else record
 
     def write(self, record: Record) -> Record:
@@ -161,7 +165,22 @@ class Store:
     def all(self) -> Iterator[Record]:
         """Every record, failed ones included, in the order of their paths."""
         for path in sorted(self.folder.glob("*/*/*.json")):
-            yield Record.from_json(path.read_text(encoding="utf-8"), path)
+            yield read_record(path)
+
+
+def read_record(path: Path) -> Record:
+    """A record from its file.
+
+    Raises:
+        UsageError: it cannot be read, or is not as it was written.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(
+            f"{path}: no record can be read there ({error}); delete the file to have it computed again"
+        ) from error
+    return Record.from_json(text, path)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -170,7 +189,18 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_bytes(path: Path, content: bytes) -> None:
-    """Write a whole file or none of it: a temporary neighbour, flushed, then renamed over the target."""
+    """Write a whole file or none of it: a temporary neighbour, flushed, then renamed over the target.
+
+    Raises:
+        StorageError: the folder is full, read-only or out of reach; what was there before still is.
+    """
+    try:
+        _write(path, content)
+    except OSError as error:
+        raise StorageError(error.errno or 0, error.strerror or str(error), os.fspath(path)) from error
+
+
+def _write(path: Path, content: bytes) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:

@@ -13,7 +13,7 @@ from ensdef.latex import latex_table
 from ensdef.leaderboard_table import leaderboard_files
 from ensdef.measurement import Measurement, read_measurement
 from ensdef.metrics import binomial_stderr
-from ensdef.records import Record, write_text
+from ensdef.records import Record, read_record, write_text
 from ensdef.worst_case import met_together, worst_case, worst_cases
 
 #: What is made of a table's records: a row each, a row a defence with ranks, numbers beside
@@ -214,7 +214,7 @@ class Manifests:
             path = self.results / relative
             if not path.resolve().is_relative_to(self.results.resolve()) or not path.is_file():
                 raise UsageError(f"table {name}: record {relative} is missing; run the protocol again")
-            records.append(Record.from_json(path.read_text(encoding="utf-8"), path))
+            records.append(read_record(path))
         return str(content["title"]), records
 
     def kind(self, name: str) -> Kind:
