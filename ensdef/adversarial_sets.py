@@ -1,8 +1,9 @@
 """Adversarial images crafted on one model and offered to others: made once, stored with what made them.
 
 A set is ``adversarial_sets/<key>.json``, its manifest: surrogate, attack, radius, seed, images, and checksums of the
-surrogate's weights and of the images' file, which is named ``<key>-<checksum>.safetensors``: of two processes that
-craft one set at once either may win, on machines that round differently too. What no longer agrees is refused.
+surrogate's weights and of the images' file, which is named ``<key>-<checksum>.safetensors``: should two processes craft
+one set after all, either may win, on machines that round differently too. What no longer agrees is refused, or set
+aside and made again.
 """
 
 from __future__ import annotations
@@ -19,23 +20,31 @@ from torch import Tensor, nn
 
 from ensdef.attack_spec import AttackSpec
 from ensdef.checkpoints import read_weights
+from ensdef.claims import one_at_a_time
 from ensdef.errors import DataError
 from ensdef.keys import content_key
 from ensdef.progress import Progress
 from ensdef.records import write_bytes
 from ensdef.registry import ATTACKS
 from ensdef.session import Session
+from ensdef.set_aside import whole
 from ensdef.target import Target
 
 
 class AdversarialSets:
-    """The sets of one results folder; without a folder they are made and handed out, but not kept."""
+    """The sets of one results folder; without a folder they are made and handed out, but not kept.
 
-    def __init__(self, results: Path | None = None) -> None:
+    Args:
+        results: the folder.
+        tell: is told of sets that were damaged, and are set aside and made again; None: they are refused.
+    """
+
+    def __init__(self, results: Path | None = None, tell: Callable[[str], None] | None = None) -> None:
         self.folder = None if results is None else results / "adversarial_sets"
+        self.tell = tell
 
     def get(self, made_from: Mapping[str, Any], weights: str, make: Callable[[], Tensor]) -> Tensor:
-        """The set that ``made_from`` describes, (N, ...); made and stored if there is none.
+        """The set that ``made_from`` describes, (N, ...); made and stored if there is none, by one process at a time.
 
         Args:
             made_from: everything that decides the set, JSON values.
@@ -47,12 +56,27 @@ class AdversarialSets:
             return make()
         name = content_key(made_from)[:16]
         manifest = self.folder / f"{name}.json"
-        if not manifest.is_file():
-            content = save({"x_adv": make().cpu().contiguous()})
+        if (stored := self._stored(manifest, weights, None)) is not None:
+            return stored
+        with one_at_a_time(self.folder, name, self.tell or (lambda text: None)):
+            if (stored := self._stored(manifest, weights, self.tell)) is not None:
+                return stored
+            made = make().cpu().contiguous()
+            content = save({"x_adv": made})
             told = {**made_from, "weights": weights, "sha256": hashlib.sha256(content).hexdigest()}
             write_bytes(_images(manifest, told["sha256"]), content)
             write_bytes(manifest, json.dumps({"format": 1, **told}, indent=1, sort_keys=True).encode())
-        return read_weights(self._checked(manifest, weights))["x_adv"]
+            return made
+
+    def _stored(self, manifest: Path, weights: str, tell: Callable[[str], None] | None) -> Tensor | None:
+        """The images of a manifest, if there is one; ``tell`` as in :func:`ensdef.set_aside.whole`."""
+        if not manifest.is_file():
+            return None
+
+        def read() -> Tensor:
+            return read_weights(self._checked(manifest, weights))["x_adv"]
+
+        return read() if self.tell is None else whole(read, manifest, tell)
 
     def _checked(self, manifest: Path, weights: str) -> Path:
         """The images' file that a manifest speaks of."""
@@ -60,7 +84,7 @@ class AdversarialSets:
         try:
             told = json.loads(manifest.read_text(encoding="utf-8"))
             surrogate, checksum = told["weights"], bytes.fromhex(told["sha256"]).hex()
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, OSError) as error:
             raise DataError(f"{manifest} is no manifest of adversarial images ({error!r}); {remedy}") from error
         if surrogate != weights:
             raise DataError(

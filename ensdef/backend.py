@@ -44,8 +44,8 @@ _NO_MEMORY = (
 
 
 def is_out_of_memory(error: Exception) -> bool:
-    """Whether PyTorch could not get memory; only its own allocator on CUDA has an exception class for that."""
-    return isinstance(error, torch.OutOfMemoryError) or any(said in str(error) for said in _NO_MEMORY)
+    """Whether Python, NumPy or PyTorch could not get memory; of PyTorch only CUDA's allocator has a class for that."""
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(said in str(error) for said in _NO_MEMORY)
 
 
 def free_memory() -> None:

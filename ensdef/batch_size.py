@@ -46,7 +46,7 @@ def fastest_batch_size(target: Target, x: Tensor, clock: Callable[[], float] = t
         rows = x[torch.arange(size, device=x.device) % len(x)]
         try:
             seconds = min(_seconds(target, rows, clock) for _ in range(1 + TIMED))  # the first warms up
-        except RuntimeError as error:
+        except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
             break

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import typing
 from collections.abc import Mapping
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -32,20 +34,34 @@ def checkpoint_folder(results: Path, spec: TrainSpec) -> Path:
 
 def save_checkpoint(folder: Path, defense: EnsembleDefense, spec: TrainSpec, report: Mapping[str, Any]) -> None:
     """Write weights, then the description that makes them valid; ``report`` is what the trainer has to tell."""
-    write_bytes(folder / WEIGHTS, packed(defense.state_dict()))
-    _save_description(folder, spec, report)
+    weights = packed(defense.state_dict())
+    write_bytes(folder / WEIGHTS, weights)
+    _save_description(folder, spec, report, weights)
 
 
 def save_last_good(folder: Path, weights: bytes, spec: TrainSpec, reason: str) -> Path:
     """Keep the last good epoch of a training that broke, loadable but not complete; returns its path."""
     write_bytes(folder / LAST_GOOD, weights)
-    _save_description(folder, spec, {"broken": reason})
+    _save_description(folder, spec, {"broken": reason}, weights)
     return folder / LAST_GOOD
 
 
-def _save_description(folder: Path, spec: TrainSpec, report: Mapping[str, Any]) -> None:
-    description = {"format": 1, **spec.describe(), "report": dict(report)}
+def _save_description(folder: Path, spec: TrainSpec, report: Mapping[str, Any], weights: bytes) -> None:
+    description = {
+        "format": 1,
+        **spec.describe(),
+        "report": dict(report),
+        "weights_sha256": hashlib.sha256(weights).hexdigest(),
+    }
+    description["sha256"] = _checksum(description)
     write_bytes(folder / SPEC, json.dumps(description, indent=1, sort_keys=True).encode())
+
+
+def _checksum(description: Mapping[str, Any]) -> str:
+    """Of a description as it is read back, without the checksum itself."""
+    body = json.loads(json.dumps({name: value for name, value in description.items() if name != "sha256"}))
+    # a history may hold NaN, which is no JSON for others
+    return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
 
 
 def packed(weights: Mapping[str, Tensor]) -> bytes:
@@ -59,7 +75,8 @@ def load_checkpoint(path: str | Path) -> EnsembleDefense:
     Args:
         path: the checkpoint's folder, or its weights file.
     Raises:
-        CheckpointError: missing, truncated, a pickle, or weights that do not fit the description.
+        CheckpointError: missing, truncated, a pickle, edited since it was saved, or weights that do not fit the
+            description.
     """
     path = Path(path)
     folder, weights = (path.parent, path) if path.is_file() else (path, path / WEIGHTS)
@@ -80,7 +97,9 @@ def load_checkpoint(path: str | Path) -> EnsembleDefense:
         raise CheckpointError(f"{folder / SPEC}: {error}") from error
     except (TypeError, ValueError) as error:  # parameters of another version, values of another type
         raise CheckpointError(f"{folder / SPEC} does not describe a model ({error!r}); train it again") from error
-    fit(defense, read_weights(weights), weights)
+    tensors = read_weights(weights)
+    _verify(weights, description)
+    fit(defense, tensors, weights)
     defense.training_key = description.get("key")
     return defense
 
@@ -104,6 +123,32 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         raise CheckpointError(
             f"{path} is truncated or no safetensors file ({error}); delete it and train again"
         ) from error
+
+
+def _verify(weights: Path, description: Mapping[str, Any]) -> None:
+    """Refuse weights that are not those of the description; descriptions older than the checksum have none."""
+    expected = description.get("weights_sha256")
+    speaks_of = LAST_GOOD if "broken" in (description.get("report") or {}) else WEIGHTS
+    if expected is not None and weights.name == speaks_of:
+        found = _file_checksum(weights.resolve(), *file_version(weights))
+        if found != expected:
+            raise CheckpointError(
+                f"{weights} is not the file that {SPEC} describes: its SHA-256 is {found[:16]}, expected "
+                f"{str(expected)[:16]}; delete the folder and train again"
+            )
+
+
+def file_version(file: Path) -> tuple[int, int, int]:
+    """Changes whenever a file is written."""
+    stat = file.stat()
+    return stat.st_ino, stat.st_size, stat.st_mtime_ns
+
+
+@lru_cache(maxsize=1024)
+def _file_checksum(path: Path, *version: int) -> str:
+    """SHA-256 of a file, read once a process for as long as it is the same ``version``."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def fit(defense: EnsembleDefense, weights: Mapping[str, Tensor], origin: Path) -> None:
@@ -173,11 +218,18 @@ def training_spec(folder: Path) -> TrainSpec:
         raise CheckpointError(f"{folder / SPEC} does not describe a training ({error!r}); train it again") from error
 
 
+def has_both_files(folder: Path) -> bool:
+    """Whether weights and description are there (the description is written last)."""
+    return (folder / SPEC).is_file() and (folder / WEIGHTS).is_file()
+
+
 def is_complete(folder: Path, spec: TrainSpec) -> bool:
-    """Whether the folder holds this training's finished weights (the description is written last)."""
-    if not ((folder / SPEC).is_file() and (folder / WEIGHTS).is_file()):
-        return False
-    return _description(folder).get("key") == spec.key
+    """Whether the folder holds this training's finished weights.
+
+    Raises:
+        CheckpointError: the description was edited, or is none.
+    """
+    return has_both_files(folder) and _description(folder).get("key") == spec.key
 
 
 def _description(folder: Path) -> dict[str, Any]:
@@ -191,4 +243,9 @@ def _description(folder: Path) -> dict[str, Any]:
         raise CheckpointError(f"{folder / SPEC} is no JSON ({error}); delete the folder and train again") from error
     if not isinstance(content, dict):
         raise CheckpointError(f"{folder / SPEC} is no checkpoint description; delete the folder and train again")
+    if "sha256" in content and content["sha256"] != _checksum(content):
+        raise CheckpointError(
+            f"{folder / SPEC} was edited since it was saved (its checksum does not fit); delete the folder and train "
+            "again"
+        )
     return content

@@ -6,7 +6,10 @@ import dataclasses
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import torch
+
 from ensdef.adversarial_sets import AdversarialSets
+from ensdef.backend import is_out_of_memory
 from ensdef.batch_size import choose_batch_size
 from ensdef.checkpoints import (
     LAST_GOOD,
@@ -17,7 +20,8 @@ from ensdef.checkpoints import (
     save_last_good,
     training_report,
 )
-from ensdef.errors import CheckpointError, DataError, TrainingDiverged, UsageError
+from ensdef.defense import EnsembleDefense
+from ensdef.errors import CheckpointError, DataError, StorageError, TrainingDiverged, UsageError
 from ensdef.evaluation import blank_record, evaluate_cell
 from ensdef.evidence import EvidenceFolder, Keep
 from ensdef.health.catalogue import Tier
@@ -61,6 +65,11 @@ class TrainJob:
 
     spec: TrainSpec
     run: Run
+    #: what to do when memory does not suffice
+    smaller = (
+        "to train in less memory take fewer --members, a smaller --arch, or [train] batch_size in a --config file "
+        "(another batch size is another training)"
+    )
 
     @property
     def key(self) -> str:
@@ -93,6 +102,8 @@ class TrainJob:
             kept = checkpoint_folder(run.results, spec) / LAST_GOOD
             raise TrainingDiverged(f"{error} (weights of the last good epoch: {kept})") from error
         before = [(one.key, training_report(checkpoint_folder(where, one))) for one in self.needs]
+        if is_complete(folder, spec):  # this process stood still, and another did it meanwhile
+            return
         told = {"costs": costs_of(spec, trained, before), "provenance": provenance(run.device)}
         save_checkpoint(folder, trained.defense, spec, {**trained.report, **told})
 
@@ -103,6 +114,10 @@ class CellJob:
 
     cell: Cell
     run: Run
+    #: what to do when memory does not suffice
+    smaller = (
+        "batches were halved as far as they can be; end other programs, or take a smaller --batch-size or --samples"
+    )
 
     @property
     def key(self) -> str:
@@ -127,6 +142,7 @@ class CellJob:
         }
         test, ids = attacked_subset(reload_data(cell.training.setting.data), cell.samples)
         defense, trained = load_checkpoint(folder), training_report(folder)
+        check_finite(defense, folder)
         return evaluate_cell(
             defense,
             cell,
@@ -137,7 +153,7 @@ class CellJob:
             checkpoint=str(checkpoint_folder(run.results, cell.training)),
             protocol=run.protocol,
             prerequisites=surrogates,
-            sets=AdversarialSets(where),
+            sets=AdversarialSets(where, progress.message),
             evidence=EvidenceFolder(where) if run.evidence == "all" else None,
             trained_with=trained.get("health", ()),
             trained_on={
@@ -165,13 +181,13 @@ class Result:
     Args:
         record: of a cell that was attacked.
         error: why the job failed, in one line.
-        refused: what the user keeps on disk is not as it should be; whatever needs it would fail alike.
+        refused: what is kept on disk is not as it should be, or cannot be written; others would fail alike.
         files: written into the folder of the job, by path inside it, where that is not the results folder itself.
     """
 
     record: Record | None = None
     error: str | None = None
-    refused: UsageError | None = None
+    refused: UsageError | StorageError | None = None
     files: dict[str, bytes] = field(default_factory=dict)
 
 
@@ -179,10 +195,24 @@ def attempt(job: Job, where: Path, progress: Progress) -> Result:
     """Perform a job; whatever goes wrong is part of the result."""
     try:
         return Result(job.perform(where, progress))
-    except (CheckpointError, DataError) as error:
+    except (CheckpointError, DataError, StorageError) as error:
         return Result(refused=error)
     except Exception as error:
-        return Result(error=describe(error))
+        advice = f"{describe(error)}; {job.smaller}" if is_out_of_memory(error) else describe(error)
+        return Result(error=advice)
+
+
+def check_finite(defense: EnsembleDefense, folder: Path) -> None:
+    """Refuse to judge a defence whose answers would be NaN.
+
+    Raises:
+        RuntimeError: a weight is NaN or infinite.
+    """
+    for name, tensor in defense.state_dict().items():
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            raise RuntimeError(
+                f"weights {name!r} in {folder} are not finite; delete the folder to have it trained again"
+            )
 
 
 def describe(error: Exception) -> str:

@@ -23,7 +23,7 @@ def scores_of(judge: Target, x: Tensor, batch_size: int, check: bool = True) -> 
     """
     try:
         return _in_batches(judge, x, batch_size, check)
-    except RuntimeError as error:
+    except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error) or batch_size <= SMALLEST_BATCH:
             raise
     judge.forget()

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import time
-from collections.abc import Iterable, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, cast
 
 import torch
@@ -13,25 +13,28 @@ import torch
 from ensdef.checkpoints import checkpoint_folder, load_checkpoint, training_report
 from ensdef.claims import Claims
 from ensdef.defense import EnsembleDefense
-from ensdef.errors import CheckpointError, DataError
-from ensdef.evaluation import training_fields
+from ensdef.errors import CheckpointError, DataError, StorageError
+from ensdef.finished import is_whole
 from ensdef.harness import exact_arithmetic
 from ensdef.jobs import Run, TrainJob, attempt, describe, is_trained
 from ensdef.loading import attacked_subset, reload_data
-from ensdef.measure import Measured, Subject
+from ensdef.measure import Subject
 from ensdef.measure_spec import MeasureSpec, plan_measurements
-from ensdef.measurement import Measurement, Measurements, tidy
+from ensdef.measured import blank_measurement, filled, find_measurement, measurement_path, measurement_provenance
+from ensdef.measurement import Measurement, Measurements
 from ensdef.progress import Progress
-from ensdef.provenance import provenance
 from ensdef.recombined import recombined
 from ensdef.registry import MEASUREMENTS
 from ensdef.rehearsal import rehearse
+from ensdef.set_aside import whole
 from ensdef.specs import TrainSpec
 
 __all__ = ["MeasureSpec", "check_measurable", "find_measurement", "measure_all", "plan_measurements"]
 
 #: Seconds between looks at what other commands have done.
 POLL = 1.0
+#: How often a measurement is begun again whose checkpoint another command made anew meanwhile.
+RETRIES = 2
 
 
 def check_measurable(specs: Iterable[MeasureSpec]) -> None:
@@ -50,26 +53,15 @@ def check_measurable(specs: Iterable[MeasureSpec]) -> None:
             MEASUREMENTS.get(spec.name)(spec.params_object).fits(recombined(defense, spec.combiner))
 
 
-def find_measurement(spec: MeasureSpec, run: Run) -> Measurement | None:
-    """The stored measurement, if there is one.
-
-    Raises:
-        UsageError: it was edited since.
-    """
-    blank, store = _blank(spec, run), Measurements(run.results)
-    found = store.read(store.path(blank.dataset, blank.method, spec.name, spec.key), spec.key)
-    # the same radius may have been written in another way when it was measured
-    return None if found is None else dataclasses.replace(found, eps=spec.written)
-
-
 def measure_all(specs: Iterable[MeasureSpec], run: Run, progress: Progress | None = None) -> list[Measurement]:
     """Every measurement, in order; one that fails has ``error``, is not stored and stops nobody else.
 
     Several processes may measure in one results folder at a time: each does what no other is doing.
 
     Raises:
-        UsageError: a stored measurement was edited.
-        CheckpointError, DataError: what else is kept on disk is not as it should be.
+        DataError: a data set is not what it was when the measurements were planned.
+        CheckpointError: a checkpoint cannot be loaded, though it is as it was written.
+        StorageError: the results folder cannot be written; what is finished is kept.
     """
     specs = list(specs)
     made = _Work(run, progress or Progress()).measurements({spec.key: spec for spec in specs})
@@ -89,6 +81,8 @@ class _Work:
         self.claims = Claims(run.results, progress.message)
         #: what went wrong with trainings, by key
         self.failures: dict[str, str] = {}
+        #: how often measurements found a checkpoint other than it had been
+        self.upset: Counter[str] = Counter()
 
     def measurements(self, specs: Mapping[str, MeasureSpec]) -> dict[str, Measurement]:
         done: dict[str, Measurement] = {}
@@ -97,7 +91,7 @@ class _Work:
             while waiting := [spec for key, spec in specs.items() if key not in done]:
                 before = len(done)
                 for spec in waiting:
-                    found = find_measurement(spec, self.run) or self._make(spec)
+                    found = self._find(spec) or self._make(spec)
                     if found is not None:
                         done[spec.key] = found
                 if len(done) == before:
@@ -112,6 +106,10 @@ class _Work:
             self.claims.release_all()
         return done
 
+    def _find(self, spec: MeasureSpec, tell: Callable[[str], None] | None = None) -> Measurement | None:
+        """The stored measurement; a damaged one is none, and is set aside if there is somebody to ``tell``."""
+        return whole(lambda: find_measurement(spec, self.run), measurement_path(spec, self.run), tell)
+
     def _make(self, spec: MeasureSpec) -> Measurement | None:
         """A missing measurement, made and stored; None while another process is at it or at what it needs."""
         try:
@@ -120,7 +118,13 @@ class _Work:
             if not self.claims.take(spec.key):
                 return None
             try:
-                return find_measurement(spec, self.run) or self._measure(spec)
+                return self._find(spec, self.progress.message) or self._measure(spec)
+            except CheckpointError as error:  # set aside by another command since it was looked at, or damaged
+                self.upset[spec.key] += 1
+                if self.upset[spec.key] > RETRIES:
+                    raise
+                self.progress.message(f"begun again: {spec.label}: {error}")
+                return None
             finally:
                 self.claims.release(spec.key)
         except _Failed as error:
@@ -132,7 +136,7 @@ class _Work:
         Raises:
             _Failed: it, or a training that it starts from, cannot be trained.
         """
-        if is_trained(spec, self.run.results):
+        if is_whole(spec, self.run.results):
             return True
         if spec.key in self.failures:
             raise _Failed(self.failures[spec.key])
@@ -141,7 +145,7 @@ class _Work:
         if not self.claims.take(spec.key):
             return False
         try:
-            if not is_trained(spec, self.run.results):
+            if not is_whole(spec, self.run.results, self.progress.message):
                 result = attempt(TrainJob(spec, self.run), self.run.results, self.progress)
                 if result.refused is not None:
                     raise result.refused
@@ -160,19 +164,21 @@ class _Work:
                 with exact_arithmetic(torch.device(self.run.device)):
                     measured = MEASUREMENTS.get(spec.name)(spec.params_object).measure(subject)
                 advance(1)
-        except (CheckpointError, DataError):
+        except (CheckpointError, DataError, StorageError):
             raise
         except Exception as error:
             return self._failed(spec, describe(error))
-        made = _filled(_blank(spec, self.run), measured, spec.samples)
+        made = filled(blank_measurement(spec, self.run), measured, spec.samples)
         seconds = round(time.monotonic() - began, 3)
         return Measurements(self.run.results).write(
-            dataclasses.replace(made, seconds=seconds, provenance=_provenance(spec, self.run))
+            dataclasses.replace(made, seconds=seconds, provenance=measurement_provenance(spec, self.run))
         )
 
     def _failed(self, spec: MeasureSpec, error: str) -> Measurement:
         self.progress.message(f"failed: {spec.label}: {error}")
-        return dataclasses.replace(_blank(spec, self.run), error=error, provenance=_provenance(spec, self.run))
+        return dataclasses.replace(
+            blank_measurement(spec, self.run), error=error, provenance=measurement_provenance(spec, self.run)
+        )
 
 
 def _subject(spec: MeasureSpec, run: Run) -> Subject:
@@ -210,57 +216,3 @@ def _earlier(training: TrainSpec, run: Run) -> list[dict[str, Any]] | None:
     if not all(is_trained(spec, run.results) for spec in found.values()):
         return None
     return [training_report(checkpoint_folder(run.results, spec)) for spec in found.values()]
-
-
-def _blank(spec: MeasureSpec, run: Run) -> Measurement:
-    """What is known of a measurement before it is made."""
-    trained: dict[str, Any] = dict.fromkeys(
-        ("method", "label", "dataset", "architecture", "members", "train_seed", "checkpoint")
-    )
-    hyper, training = {}, {}
-    if spec.training is not None:
-        model, setting = spec.training.model, spec.training.setting
-        hyper, training = dict(model.hyper), training_fields(spec.training)
-        trained = {
-            "method": model.method,
-            "label": model.method_call,
-            "dataset": setting.data.name,
-            "architecture": model.architecture_call,
-            "members": model.members,
-            "train_seed": setting.seed,
-            "checkpoint": str(checkpoint_folder(run.results, spec.training)),
-        }
-    return Measurement(
-        key=spec.key,
-        name=spec.name,
-        params=dict(spec.params),
-        call=spec.call,
-        hyper=hyper,
-        training=training,
-        norm=spec.norm,
-        eps=spec.written,
-        eps_value=spec.eps_value,
-        combiner=spec.combiner,
-        seed=spec.seed,
-        **trained,
-    )
-
-
-def _filled(blank: Measurement, measured: Measured, images: int | None) -> Measurement:
-    return dataclasses.replace(
-        blank,
-        n=images if measured.n is None else measured.n,
-        values={name: float(value) if math.isfinite(value) else None for name, value in measured.values.items()},
-        stderr={name: float(value) for name, value in measured.stderr.items() if math.isfinite(value)},
-        series={name: tidy(value) for name, value in measured.series.items()},
-    )
-
-
-def _provenance(spec: MeasureSpec, run: Run) -> dict[str, Any]:
-    told = provenance(run.device, protocol=run.protocol, subset_checksum=spec.subset_checksum)
-    if spec.training is None:
-        return told
-    folder = checkpoint_folder(run.results, spec.training)
-    report = training_report(folder) if is_trained(spec.training, run.results) else {}
-    trained_on: dict[str, Any] = {name: report[name] for name in ("devices", "batch_norm") if name in report}
-    return {**told, "train_seed": spec.training.setting.seed, **trained_on}

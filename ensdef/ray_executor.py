@@ -21,10 +21,11 @@ from pathlib import Path
 from typing import Any
 
 from ensdef.checkpoints import SPEC, WEIGHTS, checkpoint_folder
-from ensdef.errors import UsageError
+from ensdef.errors import CheckpointError, UsageError
 from ensdef.jobs import Job, Result, attempt, describe
 from ensdef.progress import Progress
-from ensdef.registry import load_plugin, loaded_plugins
+from ensdef.registry import loaded_plugins
+from ensdef.worker import settle
 
 #: Seconds until a cluster that does not answer is given up.
 PATIENCE = 10.0
@@ -79,6 +80,7 @@ class RayExecutor:
         self._task = ray.remote(num_cpus=cpus, num_gpus=gpus, max_retries=RETRIES)(perform_in_scratch)
         self._threads = max(1, int(cpus))
         self._jobs: dict[Any, Job] = {}
+        self._refused: list[tuple[Job, Result]] = []
         self._token = results / _SETS / f".{uuid.uuid4().hex}.driver"
         self._token.parent.mkdir(parents=True, exist_ok=True)
         self._token.touch()
@@ -119,16 +121,22 @@ class RayExecutor:
 
     def submit(self, job: Job) -> None:
         sent = {}
-        for spec in job.needs:
-            for name in (WEIGHTS, SPEC):
-                path = checkpoint_folder(self.results, spec) / name
-                sent[str(path.relative_to(self.results))] = path.read_bytes()
+        try:
+            for spec in job.needs:
+                for name in (WEIGHTS, SPEC):
+                    path = checkpoint_folder(self.results, spec) / name
+                    sent[str(path.relative_to(self.results))] = path.read_bytes()
+        except OSError as error:  # another command set it aside this moment
+            self._refused.append((job, Result(refused=CheckpointError(f"{path} cannot be read ({error})"))))
+            return
         reference = self._task.options(name=job.label).remote(
             self.plugins, pickle.dumps(job), sent, str(self._token.resolve()), os.getcwd(), self._threads
         )
         self._jobs[reference] = job
 
     def next(self) -> tuple[Job, Result]:
+        if self._refused:
+            return self._refused.pop()
         alone_since: float | None = None
         while True:
             ready, _ = self._ray.wait(list(self._jobs), num_returns=1, timeout=PATIENCE)
@@ -175,13 +183,7 @@ def perform_in_scratch(
         token: a file beside the adversarial sets of the driver; where it is seen, they are shared.
         folder: where the driver runs, from which a data set's folder may be named.
     """
-    import torch
-
-    torch.set_num_threads(threads)
-    if Path(folder).is_dir():
-        os.chdir(folder)
-    for plugin in plugins:
-        load_plugin(plugin)
+    settle(plugins, folder, threads)
     job: Job = pickle.loads(packed)
     with tempfile.TemporaryDirectory(prefix="ensdef-") as name:
         scratch = Path(name)
@@ -194,7 +196,7 @@ def perform_in_scratch(
         written = {
             str(file.relative_to(scratch)): file.read_bytes()
             for file in scratch.rglob("*")  # does not go into links
-            if file.is_file() and str(file.relative_to(scratch)) not in sent
+            if file.is_file() and str(file.relative_to(scratch)) not in sent and ".claims" not in file.parts
         }
     error = result.error
     if result.refused is not None:  # what one node lacks must not end the work of the others

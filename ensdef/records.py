@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ensdef.bounded import RECORD, parse_json, read_text
-from ensdef.errors import UsageError
+from ensdef.errors import StorageError, UsageError
 from ensdef.keys import checksum_of
 from ensdef.metrics import binomial_stderr, fraction_of
 from ensdef.record_check import check_content
@@ -161,7 +161,11 @@ class Store:
         return self.folder / dataset / method / f"{attack}-{key[:16]}.json"
 
     def read(self, path: Path) -> Record | None:
-        """The finished record at ``path``; None if there is none. A failed cell counts as not there."""
+        """The finished record at ``path``; None if there is none. A failed cell counts as not there.
+
+        Raises:
+            UsageError: it is damaged.
+        """
         if not path.is_file():
             return None
         record = read_record(path)
@@ -194,7 +198,18 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_bytes(path: Path, content: bytes) -> None:
-    """Write a whole file or none of it: a temporary neighbour, flushed, then renamed over the target."""
+    """Write a whole file or none of it: a temporary neighbour, flushed, then renamed over the target.
+
+    Raises:
+        StorageError: the folder is full, read-only or out of reach; what was there before still is.
+    """
+    try:
+        _write(path, content)
+    except OSError as error:
+        raise StorageError(error.errno or 0, error.strerror or str(error), os.fspath(path)) from error
+
+
+def _write(path: Path, content: bytes) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:

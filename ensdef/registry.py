@@ -52,6 +52,8 @@ class Registry(Generic[T]):
         self.group = group
         self._registered: dict[str, T] = {}
         self._made: dict[str, T] = {}
+        #: whether a plug-in of another distribution was imported
+        self.loaded_others = False
 
     def register(self, name: str, check: Callable[[T], None] | None = None) -> Callable[[T], T]:
         """Decorator: ``@register_defense("soe")``.
@@ -110,6 +112,7 @@ class Registry(Generic[T]):
                 self._import(f"{self.package}.{self._files[name].stem}", name)
             elif name in self._entry_points:
                 point = self._entry_points[name]
+                self.loaded_others = True
                 plugin = self._import(point.module, name, point)
                 # a class that does not register itself is registered by its entry point; a module is not a plug-in
                 if inspect.isclass(plugin) and name not in self._registered:
@@ -209,6 +212,11 @@ def loaded_plugins() -> tuple[str, ...]:
     return tuple(
         where for where, plugins in _LOADED.items() if all(present.get(key) is plugins[key] for key in plugins)
     )
+
+
+def others_loaded() -> bool:
+    """Whether plug-ins of other distributions were imported through their entry points."""
+    return any(registry.loaded_others for registry in (METHODS, ATTACKS))
 
 
 def _registrations() -> dict[tuple[str, str], Any]:

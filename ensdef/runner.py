@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import time
+from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 
-from ensdef.checkpoints import checkpoint_folder, load_checkpoint
+from ensdef.checkpoints import checkpoint_folder
 from ensdef.claims import Claims
-from ensdef.errors import UsageError
+from ensdef.errors import CheckpointError, StorageError, UsageError
 from ensdef.executor import Executor, LocalExecutor
-from ensdef.health.catalogue import TIERS, Tier
+from ensdef.finished import find_record, is_whole, whole_record
 from ensdef.jobs import CellJob, Job, Result, Run, TrainJob, is_trained
 from ensdef.leaderboard import protocols
-from ensdef.parallel import check_training
+from ensdef.preflight import check_writable, preflight
 from ensdef.progress import Advance, Progress
 from ensdef.records import Record, Store, write_bytes
 from ensdef.specs import Cell, TrainSpec
@@ -23,62 +24,8 @@ __all__ = ["Run", "check_writable", "ensure_trained", "find_record", "preflight"
 
 #: Seconds between looks at what other drivers have done.
 POLL = 1.0
-
-
-def check_writable(results: Path) -> None:
-    """Refuse a results folder that cannot be written, before any work.
-
-    Raises:
-        UsageError: it cannot be created, or files in it cannot be.
-    """
-    probe = results / ".write-test"
-    try:
-        results.mkdir(parents=True, exist_ok=True)
-        probe.write_text("")
-        probe.unlink(missing_ok=True)
-    except OSError as error:
-        raise UsageError(
-            f"results folder {results} cannot be written ({error.strerror}); choose another with --results"
-        ) from error
-
-
-def find_record(cell: Cell, results: Path, health: Tier | None = None) -> Record | None:
-    """The finished record of a cell, if there is one whose health report is of this tier or a higher one."""
-    store = Store(results)
-    data = cell.training.setting.data.name
-    record = store.read(store.path(data, cell.training.method, cell.attack.name, cell.key))
-    if record is not None and health is not None:
-        had = record.provenance.get("health", "off")  # records older than the report have none
-        if had not in TIERS or TIERS.index(had) < TIERS.index(health):
-            return None
-    # the same radius may have been written in another way when the record was made
-    return None if record is None else dataclasses.replace(record, eps=cell.attack.written)
-
-
-def preflight(cells: Iterable[Cell], results: Path, health: Tier | None = None, devices: int = 1) -> None:
-    """Read every record and checkpoint that a run will rely on, before anything is trained.
-
-    Raises:
-        UsageError: a record is damaged, or a training that is missing cannot be shared by so many devices.
-        CheckpointError: a checkpoint is truncated, a pickle, or belongs to another architecture.
-    """
-    seen: set[str] = set()
-    for cell in cells:
-        if find_record(cell, results, health) is None:
-            for spec in (cell.training, *cell.prerequisites.values()):
-                _check_checkpoint(spec, results, seen, devices)
-
-
-def _check_checkpoint(spec: TrainSpec, results: Path, seen: set[str], devices: int) -> None:
-    trained = is_trained(spec, results)
-    if spec.key not in seen:
-        if trained:
-            load_checkpoint(checkpoint_folder(results, spec))
-        else:
-            check_training(spec, devices)
-    seen.add(spec.key)
-    for needed in spec.prerequisites.values():
-        _check_checkpoint(needed, results, seen, 1 if trained else devices)
+#: How often a cell is begun again whose checkpoints another command made anew meanwhile.
+RETRIES = 2
 
 
 def run_cells(
@@ -91,7 +38,9 @@ def run_cells(
     Args:
         executor: where trainings and attacks run; None: one after the other in this process.
     Raises:
-        CheckpointError, DataError: what is kept on disk is not as it should be.
+        DataError: a data set is not what it was when the cells were planned.
+        CheckpointError: a checkpoint cannot be loaded, though it is as it was written.
+        StorageError: the results folder cannot be written; what is finished is kept.
     """
     progress = progress or Progress()
     return _Driver(list(cells), run, progress, executor or LocalExecutor(run.results, progress)).records()
@@ -130,6 +79,8 @@ class _Driver:
         self.trained: set[str] = set()
         self.failures: dict[str, str] = {}
         self.running: set[str] = set()
+        #: how often jobs found a checkpoint other than it had been
+        self.upset: Counter[str] = Counter()
 
     def records(self) -> list[Record]:
         unique = {cell.key: cell for cell in self.cells}
@@ -162,7 +113,7 @@ class _Driver:
                 return
             if cell.key in self.running:
                 continue
-            record = find_record(cell, self.run.results, self.run.health)
+            record = whole_record(cell, self.run.results, self.run.health)
             if record is not None and self._foreign(record):
                 if not self.claims.take(cell.key):
                     continue  # somebody is at this record
@@ -185,7 +136,7 @@ class _Driver:
 
     def _adopted(self, cell: Cell) -> Record | None:
         """The finished record of a claimed cell, which from now on is also one of the protocol that is run."""
-        record = find_record(cell, self.run.results, self.run.health)
+        record = whole_record(cell, self.run.results, self.run.health, self.progress.message)
         if record is None or not self._foreign(record):
             return record
         also = {**record.provenance, "also_in": [*record.provenance.get("also_in", ()), self.run.protocol]}
@@ -221,7 +172,7 @@ class _Driver:
             return None
         if spec.key in self.running:
             raise _Blocked
-        if not is_trained(spec, self.run.results):  # what failed here may have succeeded for another driver
+        if not is_whole(spec, self.run.results):  # what failed here may have succeeded for another driver
             if spec.key in self.failures:
                 return None
             for needed in spec.prerequisites.values():
@@ -232,7 +183,7 @@ class _Driver:
                     return None
             if not self.claims.take(spec.key):
                 raise _Blocked
-            if not is_trained(spec, self.run.results):
+            if not is_whole(spec, self.run.results, self.progress.message):
                 return TrainJob(spec, self.run)
             self.claims.release(spec.key)
         self.trained.add(spec.key)
@@ -242,7 +193,37 @@ class _Driver:
     def _file(self, job: Job, result: Result) -> None:
         """Keep what came of a job, and let others have what was claimed for it."""
         if result.refused is not None:
-            raise result.refused
+            self._upset(job, result.refused)
+        elif not self._overtaken(job):
+            self._keep(job, result)
+        self.running.discard(job.key)
+        self.claims.release(job.key)
+
+    def _upset(self, job: Job, error: UsageError | StorageError) -> None:
+        """A job found a checkpoint gone or damaged: another command may have set it aside, or this one has to.
+
+        Raises:
+            UsageError, StorageError: it is something else, or happens again and again.
+        """
+        self.upset[job.key] += 1
+        if not isinstance(error, CheckpointError) or self.upset[job.key] > RETRIES:
+            raise error
+        self.progress.message(f"begun again: {job.label}: {error}")
+        self.trained.difference_update(spec.key for spec in job.needs)
+
+    def _overtaken(self, job: Job) -> bool:
+        """Whether others took the work for dead and have done it; then it is theirs that counts."""
+        if self.claims.holds(job.key):
+            return False
+        if isinstance(job, TrainJob):
+            done = is_whole(job.spec, self.run.results)
+        else:
+            done = whole_record(job.cell, self.run.results, self.run.health) is not None
+        if done:
+            self.progress.message(f"dropped: {job.label}: this process stood still, and another did it meanwhile")
+        return done
+
+    def _keep(self, job: Job, result: Result) -> None:
         # a checkpoint's description makes its weights valid, an adversarial set's manifest its images: both are JSON
         for path in sorted(result.files, key=lambda path: path.endswith(".json")):
             write_bytes(self.run.results / path, result.files[path])
@@ -255,8 +236,6 @@ class _Driver:
             self.done[job.key] = self.store.write(result.record)
         else:
             self.done[job.key] = self._failed(job, result.error or "no record came back")
-        self.running.discard(job.key)
-        self.claims.release(job.key)
 
     def _failed(self, job: CellJob, error: str) -> Record:
         record = job.failed(error)

@@ -155,7 +155,7 @@ class Session:
         counters = [(passes, passes.forwards, passes.backwards) for passes in (target.passes, self.judge.passes)]
         try:
             return work()
-        except RuntimeError as error:
+        except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error) or self.batch_size <= SMALLEST_BATCH:
                 raise
         for passes, forwards, backwards in counters:
@@ -221,7 +221,7 @@ class Session:
             self.observer.begin(target, rows, count)
         try:
             x_adv, state = attack.step(target, rows.x_adv, rows.y, rows.state, self.threat, rng)
-        except RuntimeError as error:
+        except (RuntimeError, MemoryError) as error:
             if is_out_of_memory(error) and remembered != {name: one._version for name, one in rows.state.items()}:
                 raise AttackError(
                     f"{self.name} ran out of memory after it had written into its state, so the step cannot be tried "

@@ -20,7 +20,7 @@ from ensdef import codehash
 from ensdef.checkpoints import checkpoint_folder
 from ensdef.claims import Claims
 from ensdef.cli import cli, inspect, measure  # noqa: F401 - they add their commands
-from ensdef.errors import CheckpointError, DataError, UsageError
+from ensdef.errors import DataError, UsageError
 from ensdef.jobs import Run, TrainJob
 from ensdef.loading import find_data
 from ensdef.measure import Dependency, Measure, Measured, Subject, register_measure
@@ -212,7 +212,7 @@ def test_an_edited_point_of_a_series_is_refused(tmp_path: Path) -> None:
     path = Path(str(made.path))
     path.write_text(path.read_text(encoding="utf-8").replace("0.995", "0.994", 1), encoding="utf-8")
     with pytest.raises(UsageError, match="delete the file to have it measured again"):
-        measure_all([MeasureSpec.create("igat_toy", {})], Run(tmp_path))
+        read_measurement(path)
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"format": 1}', '{"format": 2}', '{"format": 1, "checksum": "x"}'])
@@ -320,11 +320,17 @@ def test_a_measurement_that_fails_says_why_and_is_not_stored(tmp_path: Path, reg
     assert [one.name for one in Measurements(tmp_path).all()] == ["training_cost"]
 
 
-def test_what_is_kept_on_disk_and_damaged_is_refused(folder: tuple[Path, Measurement], tmp_path: Path) -> None:
+def test_a_damaged_checkpoint_is_set_aside_and_trained_again_for_a_measurement(
+    folder: tuple[Path, Measurement], tmp_path: Path
+) -> None:
     measure_all([spec("training_cost")], Run(tmp_path))
-    (checkpoint_folder(tmp_path, training()) / "weights.safetensors").write_bytes(b"short")
-    with pytest.raises(CheckpointError):
-        measure_all([spec()], Run(tmp_path))
+    place = checkpoint_folder(tmp_path, training())
+    before = (place / "weights.safetensors").read_bytes()
+    (place / "weights.safetensors").write_bytes(b"short")
+    (made,) = measure_all([spec()], Run(tmp_path))
+    assert made.error is None
+    assert (place / "weights.safetensors").read_bytes() == before
+    assert place.with_name(place.name + ".damaged-1").is_dir()
 
 
 def test_other_test_images_than_those_of_the_key_are_refused(tmp_path: Path) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -83,12 +85,12 @@ def test_images_are_robust_only_if_they_withstand_every_variant() -> None:
 def test_sets_are_crafted_once_and_used_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = offered(ensemble(), ensemble(seed=5), 0.1, AdversarialSets(tmp_path))
     stored = sorted(path.name for path in (tmp_path / "adversarial_sets").iterdir())
-    assert [Path(name).suffix for name in stored] == [".safetensors", ".json"]
+    assert [Path(name).suffix for name in stored] == ["", ".safetensors", ".json"], "claims, images, manifest"
     module = __import__(ATTACKS.get("transfer").__module__, fromlist=["craft"])
     monkeypatch.setattr(module, "craft", lambda *args, **kwargs: pytest.fail("crafted again"))
     again = offered(ensemble(), ensemble(seed=5), 0.1, AdversarialSets(tmp_path))
     assert torch.equal(first.x_adv, again.x_adv)
-    manifest = json.loads((tmp_path / "adversarial_sets" / stored[1]).read_text())
+    manifest = json.loads((tmp_path / "adversarial_sets" / stored[2]).read_text())
     assert manifest["surrogate"] == "nat x 3"
     assert manifest["attack"]["eps"] == "1/10"
     assert len(manifest["weights"]) == len(manifest["sha256"]) == 64
@@ -99,7 +101,7 @@ def test_sets_are_crafted_once_and_used_again(tmp_path: Path, monkeypatch: pytes
 )
 def test_a_damaged_set_is_refused(tmp_path: Path, damage: str, told: str) -> None:
     offered(ensemble(), ensemble(seed=5), 0.1, AdversarialSets(tmp_path))
-    content, manifest = sorted((tmp_path / "adversarial_sets").iterdir())
+    _, content, manifest = sorted((tmp_path / "adversarial_sets").iterdir())
     if damage == "altered":
         content.write_bytes(content.read_bytes()[:-1] + b"\x01")
     elif damage == "missing":
@@ -109,6 +111,43 @@ def test_a_damaged_set_is_refused(tmp_path: Path, damage: str, told: str) -> Non
     with pytest.raises(DataError, match=told) as caught:
         offered(ensemble(), ensemble(seed=5), 0.1, AdversarialSets(tmp_path))
     assert f"delete {manifest.name}" in str(caught.value)
+
+    told_of: list[str] = []
+    again = offered(ensemble(), ensemble(seed=5), 0.1, AdversarialSets(tmp_path, told_of.append))
+    assert len(told_of) == 1
+    assert manifest.with_name(f"{manifest.name}.damaged-1").is_file()
+    fresh = offered(ensemble(), ensemble(seed=5), 0.1, AdversarialSets(tmp_path))
+    assert torch.equal(again.x_adv, fresh.x_adv), "the next one finds it whole"
+
+
+def test_a_set_that_another_process_crafts_is_waited_for_and_not_crafted_twice(tmp_path: Path) -> None:
+    made, crafted = {"surrogate": "nat x 3"}, []
+
+    def craft_slowly() -> Tensor:
+        crafted.append(threading.get_ident())
+        time.sleep(0.3)
+        return images(2)
+
+    found: list[Tensor] = []
+    threads = [
+        threading.Thread(target=lambda: found.append(AdversarialSets(tmp_path).get(made, "a" * 64, craft_slowly)))
+        for _ in range(3)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(crafted) == 1
+    assert all(torch.equal(one, found[0]) for one in found)
+
+
+def test_a_set_of_a_surrogate_that_was_trained_anew_to_other_weights_is_crafted_again(tmp_path: Path) -> None:
+    made_from = {"surrogate": "nat x 3", "trained as": "0" * 64}
+    told: list[str] = []
+    sets = AdversarialSets(tmp_path, told.append)
+    sets.get(made_from, "a" * 64, lambda: images(2))
+    assert torch.equal(sets.get(made_from, "b" * 64, lambda: images(3)), images(3))
+    assert "the surrogate now has bbbbbbbbbbbbbbbb" in told[0]
 
 
 def test_a_surrogate_altered_since_is_refused(tmp_path: Path) -> None:
@@ -215,8 +254,10 @@ def test_the_command_trains_the_surrogate_crafts_and_offers(tmp_path: Path) -> N
     weights = read_weights(surrogate / "weights.safetensors")
     write_bytes(surrogate / "weights.safetensors", packed({name: 0.9 * value for name, value in weights.items()}))
     again = CliRunner().invoke(cli, [*arguments, "--seed", "1", "--results", str(tmp_path)])
-    assert again.exit_code == 2
-    assert "but the surrogate now has" in again.output
+    assert again.exit_code == 0, again.output
+    assert again.output.count("set aside") == 1, "the surrogate is trained again to the same weights, so its set stands"
+    assert read_weights(surrogate / "weights.safetensors").keys() == weights.keys()
+    assert all(torch.equal(read_weights(surrogate / "weights.safetensors")[name], weights[name]) for name in weights)
 
 
 def test_the_code_of_the_crafting_attacks_is_part_of_the_key(monkeypatch: pytest.MonkeyPatch) -> None:

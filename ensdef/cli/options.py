@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from ensdef.evidence import Keep
     from ensdef.executor import Executor
     from ensdef.health.catalogue import Tier
+    from ensdef.progress import Progress
     from ensdef.runner import Run
 
 
@@ -101,6 +102,20 @@ _RUN_OPTIONS = [
         show_default=True,
         help="Where cells run: one after the other here, or as Ray tasks.",
     ),
+    click.option(
+        "--isolate",
+        type=click.Choice(["auto", "always", "never"]),
+        default="auto",
+        show_default=True,
+        help="Run cells in a process beside the command's, so that one that crashes or hangs costs no other; auto: "
+        "where plug-ins of others take part.",
+    ),
+    click.option(
+        "--stall",
+        type=click.FloatRange(min=0, min_open=True),
+        metavar="SECONDS",
+        help="In a process of its own, a cell without progress for so long has failed [default: 3600].",
+    ),
     click.option("--ray-address", metavar="HOST:PORT", help="A running Ray cluster [default: one of this machine]."),
     click.option(
         "--cpus-per-cell",
@@ -145,6 +160,8 @@ class RunOptions:
     health: Tier | None
     evidence: Keep
     executor: str
+    isolate: str
+    stall: float | None
     ray_address: str | None
     cpus_per_cell: float | None
     gpus_per_cell: float | None
@@ -163,6 +180,13 @@ class RunOptions:
             for name in ("ray_address", "cpus_per_cell", "gpus_per_cell"):
                 if getattr(options, name) is not None:
                     raise UsageError(f"--{name.replace('_', '-')} is for --executor ray; the executor is local")
+            if options.isolate == "always" and options.devices > 1:
+                raise UsageError(
+                    f"--isolate is always and --devices is {options.devices}, which gives each training processes of "
+                    "its own; leave one of the two out"
+                )
+        elif options.isolate == "always" or options.stall is not None:
+            raise UsageError("--isolate and --stall are for --executor local; Ray's tasks are processes of their own")
         elif options.devices > 1:
             raise UsageError(
                 f"--devices is {options.devices}, which shares each training among the devices of this machine; with "
@@ -170,18 +194,27 @@ class RunOptions:
             )
         return options
 
-    def make_executor(self) -> Executor | None:
+    def make_executor(self, progress: Progress) -> Executor | None:
         """Where the cells run; None: in this process.
 
         Raises:
             UsageError: Ray is not installed, does not answer, or lacks what a cell asks for.
         """
         if self.executor == "local":
-            return None
+            return self._isolated(progress)
         from ensdef.ray_executor import RayExecutor
 
         gpus = self.gpus_per_cell if self.gpus_per_cell is not None else float(self.device == "cuda")
         return RayExecutor(self.results, self.ray_address, self.cpus_per_cell or 1.0, gpus)
+
+    def _isolated(self, progress: Progress) -> Executor | None:
+        from ensdef.executor import STALL, IsolatedExecutor
+        from ensdef.registry import loaded_plugins, others_loaded
+
+        foreign = (self.plugin or others_loaded()) and self.devices == 1  # several devices are processes already
+        if self.isolate == "never" or (self.isolate == "auto" and not foreign):
+            return None
+        return IsolatedExecutor(self.results, progress, loaded_plugins(), self.stall or STALL)
 
     def run(self, protocol_id: str | None) -> Run:
         """How cells and measurements are run, their records carrying this protocol id."""

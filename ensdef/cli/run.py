@@ -239,7 +239,8 @@ def _run(cells: list[Cell], protocol_id: str | None, options: RunOptions) -> lis
         return None
     preflight(cells, options.results, options.health, options.devices)
     with contextlib.redirect_stdout(sys.stderr):  # plug-ins and Ray print where they like; stdout is for the results
-        return run_cells(cells, options.run(protocol_id), ConsoleProgress(), options.make_executor())
+        progress = ConsoleProgress()
+        return run_cells(cells, options.run(protocol_id), progress, options.make_executor(progress))
 
 
 def _measure(specs: list[MeasureSpec], protocol_id: str | None, options: RunOptions) -> list[Measurement]:
