@@ -12,7 +12,7 @@ from ensdef.claims import Claims
 from ensdef.errors import UsageError
 from ensdef.executor import Executor, LocalExecutor
 from ensdef.health.catalogue import TIERS, Tier
-from ensdef.jobs import CellJob, Job, Result, Run, TrainJob, is_trained
+from ensdef.jobs import CellJob, Job, Result, Run, TrainJob, forget, is_trained
 from ensdef.leaderboard import protocols
 from ensdef.parallel import check_training
 from ensdef.progress import Advance, Progress
@@ -253,6 +253,7 @@ class _Driver:
                 self.failures[job.key] = result.error
         elif result.record is not None:
             self.done[job.key] = self.store.write(result.record)
+            forget(self.run.results, job.key)
         else:
             self.done[job.key] = self._failed(job, result.error or "no record came back")
         self.running.discard(job.key)
