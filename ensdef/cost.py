@@ -23,7 +23,7 @@ from ensdef.notation import parse_call
 from ensdef.registry import METHODS
 from ensdef.specs import ModelSpec
 from ensdef.testing import lend_adversary
-from ensdef.training import freeze_the_rest, training_mode
+from ensdef.training_loop import freeze_the_rest, training_mode
 
 ARCHITECTURE, SHAPE, CLASSES = "small_resnet[width=4]", (1, 8, 8), 10
 

@@ -19,6 +19,7 @@ from ensdef.errors import UsageError
 from ensdef.evidence import EvidenceFolder, refused
 from ensdef.harness import Outcome, attack_model
 from ensdef.health.catalogue import TIERS, Tier, finding
+from ensdef.journal import Journal
 from ensdef.notation import parse_call
 from ensdef.progress import Progress
 from ensdef.provenance import provenance
@@ -147,6 +148,7 @@ def evaluate_cell(
     trained_with: Sequence[Mapping[str, Any]] = (),
     trained_on: Mapping[str, Any] | None = None,
     health: Tier = "basic",
+    journal: Journal | None = None,
     progress: Progress | None = None,
 ) -> Record:
     """The record of one cell.
@@ -158,6 +160,7 @@ def evaluate_cell(
         trained_with: findings about the training, which become flags of the record, before those about the attack.
         trained_on: what provenance tells of the training: its devices, what it took.
         health: tier of the report on the attack.
+        journal: keeps the state of the attack until the record is there.
     """
     outcome = attack_model(
         defense,
@@ -170,6 +173,7 @@ def evaluate_cell(
         prerequisites=prerequisites,
         sets=sets,
         health=health,
+        journal=journal,
         progress=progress,
     )
     record = blank_record(cell, protocol, checkpoint=checkpoint)

@@ -58,12 +58,17 @@ class FoldedCopy:
             ours.weight.copy_(weight)
             ours.bias.copy_(bias)
         for original, twin in self._twins:
-            vars(twin).update(
-                (name, value)
-                for name, value in vars(original).items()
-                if name != "training" and not name.startswith("_") and isinstance(value, _PLAIN)
-            )
+            vars(twin).update(plain_attributes(original))
         return self.module
+
+
+def plain_attributes(module: nn.Module) -> dict[str, bool | int | float | str | None]:
+    """Numbers, texts and None that a module keeps as public attributes, but for ``training``."""
+    return {
+        name: value
+        for name, value in vars(module).items()
+        if name != "training" and not name.startswith("_") and isinstance(value, _PLAIN)
+    }
 
 
 def frozen_copy(module: nn.Module) -> nn.Module:

@@ -7,7 +7,7 @@ all points in a fresh pass at another batch size. Verdicts come from the untouch
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ensdef.adversarial_sets import AdversarialSets
-from ensdef.attack import Attack, CompositeAttack
+from ensdef.attack import Attack
 from ensdef.attack_spec import AttackSpec
 from ensdef.defense import EnsembleDefense
 from ensdef.errors import UsageError
@@ -23,11 +23,13 @@ from ensdef.health.case import Case
 from ensdef.health.catalogue import Finding, Tier
 from ensdef.health.observer import WATCHED, Observer, spread
 from ensdef.health.report import report
+from ensdef.journal import Journal
 from ensdef.judging import is_right, scores_of
 from ensdef.progress import Progress
 from ensdef.registry import ATTACKS
 from ensdef.rows import SMALLEST_BATCH
 from ensdef.session import BALL_SLACK, Session
+from ensdef.stages import Stages
 from ensdef.target import Target
 
 __all__ = ["BALL_SLACK", "Outcome", "attack_model", "exact_arithmetic"]
@@ -75,6 +77,7 @@ def attack_model(
     prerequisites: Mapping[str, EnsembleDefense] | None = None,
     sets: AdversarialSets | None = None,
     health: Tier = "basic",
+    journal: Journal | None = None,
     progress: Progress | None = None,
 ) -> Outcome:
     """Attack a model and judge the result on its own ``predict``.
@@ -90,6 +93,7 @@ def attack_model(
         sets: where adversarial images crafted on them are kept; None: they are not.
         health: ``"basic"`` looks on and adds at most a tenth of the attack's passes, ``"full"`` runs further small
             attacks, ``"off"`` does neither.
+        journal: keeps the state of the search, and may have that of an earlier process, which is taken up.
     Raises:
         PluginError: the model's scores have the wrong shape, are NaN, or are probabilities.
         AttackError: the attack returned NaN or the wrong shape.
@@ -102,7 +106,7 @@ def attack_model(
     ids = (torch.arange(len(x)) if ids is None else ids).to(device)
     with exact_arithmetic(device):
         attack.prepare(x, y, ids, spec, sets or AdversarialSets(), progress or Progress())
-        return _attack_model(model, attack, x, y, spec, ids, batch_size, health, progress)
+        return _attack_model(model, attack, x, y, spec, ids, batch_size, health, journal, progress or Progress())
 
 
 @contextmanager
@@ -128,37 +132,41 @@ def _attack_model(
     ids: Tensor,
     batch_size: int,
     health: Tier,
-    progress: Progress | None,
+    journal: Journal | None,
+    progress: Progress,
 ) -> Outcome:
     began = time.monotonic()
+    kept = None if journal is None else journal.read()
     judge = Target(model, combiner=spec.combiner, fold=False, device=x.device)
-    scores = scores_of(judge, x, batch_size)
+    # kept scores: which images are attacked must not depend on the batch size of the process that goes on
+    scores = scores_of(judge, x, batch_size) if kept is None else kept.tensors["scores"].to(x.device)
     classes = scores.shape[1]
     if len(y) and (int(y.min()) < 0 or int(y.max()) >= classes):
         raise UsageError(
             f"labels go from {int(y.min())} to {int(y.max())}, but the model has {classes} classes, 0 to {classes - 1}"
         )
     clean = is_right(scores, y)
-    before = judge.passes.forwards
-    progress = progress or Progress()
     traits = judge.traits(x[:1])
     attack.fits(traits)
     session = Session(spec, judge, x, y, ids, batch_size, classes)
     if health != "off":
         session.observer = Observer(y, spread(clean.nonzero().squeeze(1), WATCHED))
-    parts = attack.parts(traits) if isinstance(attack, CompositeAttack) else [(spec.call, attack)]
-    modes = ["bf16", "fp32"] if spec.search == "bf16+fp32" else [spec.search]
-    for mode in modes:
-        note = "" if len(modes) == 1 else f" ({mode})"
-        for index, (name, part) in enumerate(parts):
-            alive = (clean & ~session.fooled).nonzero().squeeze(1)
-            if len(alive):
-                target = Target(model, combiner=spec.combiner, precision=mode, device=x.device)
-                session.run(part, target, alive, progress, name + note, index)
-    forwards = session.forwards + judge.passes.forwards - before
+
+    def target_of(precision: str) -> Target:
+        return Target(model, combiner=spec.combiner, precision=precision, device=x.device)
+
+    stages = Stages(attack, traits, session, scores, target_of, began)
+    if journal is not None:
+        if kept is not None:
+            with journal.taking_up():
+                stages.restore(kept)
+            progress.message(f"attack {spec.call} eps {spec.written or '-'}: goes on where it was stopped")
+        session.moment = lambda: journal.keep(stages.snapshot)
+    stages.run(clean, progress)
+    forwards = stages.forwards
     recount = batch_size // 2 + 3 if batch_size > 2 * SMALLEST_BATCH else SMALLEST_BATCH + 3
     right = is_right(scores_of(judge, session.x_adv, recount, check=False), y)
-    seconds = time.monotonic() - began
+    seconds = stages.seconds
     findings: list[Finding] = []
     beside = 0
     if session.observer is not None:
@@ -177,7 +185,7 @@ def _attack_model(
             min(batch_size, session.batch_size),
             forwards,
             session.observer,
-            _warnings(attack, parts),
+            stages.warnings,
         )
         findings = report(case, health)
         beside = session.observer.spent + judge.passes.forwards - before
@@ -190,18 +198,9 @@ def _attack_model(
         seconds,
         int((session.fooled & right).sum()),
         session.nonfinite,
-        _broken_by(session, parts) if isinstance(attack, CompositeAttack) else {},
+        stages.broken_by,
         findings,
         beside,
     )
 
 
-def _warnings(attack: Attack, parts: Sequence[tuple[str, Attack]]) -> list[str]:
-    """What the attack and its parts warned of, each text once."""
-    told = [text for one in (attack, *(part for _, part in parts)) for text in getattr(one, "warnings", ())]
-    return list(dict.fromkeys(told))
-
-
-def _broken_by(session: Session, parts: Sequence[tuple[str, Attack]]) -> dict[str, int]:
-    counts = torch.bincount(session.broken_by[session.fooled].cpu(), minlength=len(parts))
-    return {name: int(count) for (name, _), count in zip(parts, counts, strict=True)}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -25,6 +26,7 @@ from ensdef.errors import CheckpointError, DataError, StorageError, TrainingDive
 from ensdef.evaluation import blank_record, evaluate_cell
 from ensdef.evidence import EvidenceFolder, Keep
 from ensdef.health.catalogue import Tier
+from ensdef.journal import Journal
 from ensdef.loading import attacked_subset, reload_data
 from ensdef.progress import Progress
 from ensdef.provenance import provenance
@@ -32,6 +34,7 @@ from ensdef.records import Record
 from ensdef.specs import Cell, TrainSpec
 from ensdef.training import train
 from ensdef.training_cost import costs_of, whole_cost
+from ensdef.weights import weights_hash
 
 
 @dataclass(frozen=True)
@@ -95,10 +98,20 @@ class TrainJob:
             role: load_checkpoint(checkpoint_folder(where, needed)) for role, needed in spec.prerequisites.items()
         }
         data, run = reload_data(spec.setting.data), self.run
+        journal = _journal(self, where, progress, _hashes(prerequisites))
         try:
-            trained = train(spec, data, prerequisites, device=run.device, devices=run.devices, progress=progress)
+            trained = train(
+                spec,
+                data,
+                prerequisites,
+                device=run.device,
+                devices=run.devices,
+                journal=journal,
+                progress=progress,
+            )
         except TrainingDiverged as error:
             save_last_good(folder, error.last_good, spec, str(error))
+            forget(where, spec.key)
             kept = checkpoint_folder(run.results, spec) / LAST_GOOD
             raise TrainingDiverged(f"{error} (weights of the last good epoch: {kept})") from error
         before = [(one.key, training_report(checkpoint_folder(where, one))) for one in self.needs]
@@ -106,6 +119,7 @@ class TrainJob:
             return
         told = {"costs": costs_of(spec, trained, before), "provenance": provenance(run.device)}
         save_checkpoint(folder, trained.defense, spec, {**trained.report, **told})
+        forget(where, spec.key)
 
 
 @dataclass(frozen=True)
@@ -134,7 +148,10 @@ class CellJob:
         return (self.cell.training, *self.cell.prerequisites.values())
 
     def perform(self, where: Path, progress: Progress) -> Record:
-        """The record, not yet written, from the checkpoints in the results folder ``where``."""
+        """The record, not yet written, from the checkpoints in the results folder ``where``.
+
+        Whoever writes it then calls :func:`forget`.
+        """
         cell, run = self.cell, self.run
         folder = checkpoint_folder(where, cell.training)
         surrogates = {
@@ -143,6 +160,8 @@ class CellJob:
         test, ids = attacked_subset(reload_data(cell.training.setting.data), cell.samples)
         defense, trained = load_checkpoint(folder), training_report(folder)
         check_finite(defense, folder)
+        health = run.health or "basic"
+        weights = _hashes({"": defense, **surrogates})
         return evaluate_cell(
             defense,
             cell,
@@ -161,7 +180,8 @@ class CellJob:
                 **{name: trained[name] for name in ("devices", "batch_norm") if name in trained},
                 "training": whole_cost(trained, cell.training.key),
             },
-            health=run.health or "basic",
+            health=health,
+            journal=_journal(self, where, progress, weights, health=health),
             progress=progress,
         )
 
@@ -172,6 +192,28 @@ class CellJob:
 
 
 Job = TrainJob | CellJob
+
+
+def _journal(job: Job, where: Path, progress: Progress, weights: dict[str, str], **more: str) -> Journal | None:
+    """Where a job keeps its state; None: it works in a folder that ends with it.
+
+    Args:
+        weights: content keys of those that it starts from, by role.
+        more: what else a state depends on.
+    """
+    if where != job.run.results:
+        return None
+    work = {"key": job.key, "device": job.run.device, "weights": weights, **more}
+    return Journal(Journal.path_of(where, job.key), work, progress.message)
+
+
+def _hashes(models: Mapping[str, EnsembleDefense]) -> dict[str, str]:
+    return {role: weights_hash(model) for role, model in models.items()}
+
+
+def forget(results: Path, key: str) -> None:
+    """Drop the state of a training or a cell whose result is in the folder."""
+    Journal.path_of(results, key).unlink(missing_ok=True)
 
 
 @dataclass(frozen=True)

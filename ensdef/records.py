@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -200,6 +201,9 @@ def write_text(path: Path, text: str) -> None:
 def write_bytes(path: Path, content: bytes) -> None:
     """Write a whole file or none of it: a temporary neighbour, flushed, then renamed over the target.
 
+    The neighbour is ``.<name>.<eight characters>``. A killed writer leaves it behind; no reader asks for such names,
+    and it may be deleted.
+
     Raises:
         StorageError: the folder is full, read-only or out of reach; what was there before still is.
     """
@@ -222,3 +226,14 @@ def _write(path: Path, content: bytes) -> None:
     except BaseException:
         Path(name).unlink(missing_ok=True)
         raise
+    _flush_folder(path.parent)
+
+
+def _flush_folder(folder: Path) -> None:
+    """Make a new name last through a power failure, where the system lets a folder be flushed."""
+    with contextlib.suppress(OSError):  # Windows opens no folders, some file systems flush none
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)

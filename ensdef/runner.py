@@ -13,7 +13,7 @@ from ensdef.claims import Claims
 from ensdef.errors import CheckpointError, StorageError, UsageError
 from ensdef.executor import Executor, LocalExecutor
 from ensdef.finished import find_record, is_whole, whole_record
-from ensdef.jobs import CellJob, Job, Result, Run, TrainJob, is_trained
+from ensdef.jobs import CellJob, Job, Result, Run, TrainJob, forget, is_trained
 from ensdef.leaderboard import protocols
 from ensdef.preflight import check_writable, preflight
 from ensdef.progress import Advance, Progress
@@ -234,6 +234,7 @@ class _Driver:
                 self.failures[job.key] = result.error
         elif result.record is not None:
             self.done[job.key] = self.store.write(result.record)
+            forget(self.run.results, job.key)
         else:
             self.done[job.key] = self._failed(job, result.error or "no record came back")
 

@@ -25,3 +25,8 @@ def check_scores(scores: Any, batch: int, owner: str = "predict", classes: int |
         raise PluginError(f"{owner} returned NaN or infinite scores; combine in log space (ensdef.combine)")
     if bool((scores >= 0).all()) and bool(((scores.sum(dim=1) - 1).abs() < 1e-4).all()):
         raise PluginError(f"{owner} returned probabilities (rows sum to 1); attacks need log-scores: return their log")
+
+
+def claims(scores: Tensor, y: Tensor) -> Tensor:
+    """Whether scores choose another class than the label, or are no numbers, (B,) bool."""
+    return (scores.argmax(dim=1) != y) | ~torch.isfinite(scores).all(dim=1)

@@ -6,7 +6,9 @@ that will be differentiated to a :class:`Glance`, which hooks the gradients. Not
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,6 +26,11 @@ ASKED = 0.07
 EARLY = 3
 #: Part of the promise that must be kept.
 KEPT = 0.1
+#: What an observer counts, by image or watched image.
+_SEEN = (
+    *("ever_wrong", "seen", "zero", "tiny", "kept", "broken", "alike", "against"),
+    *("selections", "changes", "selected"),
+)
 
 
 def spread(positions: Tensor, count: int) -> Tensor:
@@ -115,6 +122,21 @@ class Observer:
         self._asks_selection = judged(len(y))
         self._glance: Glance | None = None
         self._memory: Memory | None = None
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """What was seen so far, between two steps: tensors and JSON values that :meth:`restore` takes."""
+        tensors = {name: getattr(self, name) for name in _SEEN}
+        if self._memory is not None:
+            tensors |= {f"memory.{item.name}": getattr(self._memory, item.name) for item in fields(Memory)}
+        return tensors, {"spent": self.spent, "asks_selection": self._asks_selection}
+
+    def restore(self, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
+        """Go on from what an observer of the same watched images had seen."""
+        for name in _SEEN:
+            getattr(self, name).copy_(tensors[name])
+        self.spent, self._asks_selection = values["spent"], values["asks_selection"]
+        if "memory.run" in tensors:
+            self._memory = Memory(**{item.name: tensors[f"memory.{item.name}"] for item in fields(Memory)})
 
     def begin(self, target: Target, rows: Rows, count: int) -> None:
         """Before a step on ``rows``, of which the first ``count`` are real."""
