@@ -292,7 +292,7 @@ def test_a_record_written_before_there_was_evidence_can_be_read() -> None:
     ],
 )
 def test_a_field_of_another_type_is_refused_by_name(field: str, value: Any) -> None:
-    with pytest.raises(UsageError, match=f"{field} is .*, which it cannot be; delete the file"):
+    with pytest.raises(UsageError, match=f"{field} is .*; expected .*; delete the file"):
         Record.from_json(edited_and_sealed(**{field: value}))
 
 
