@@ -135,9 +135,10 @@ class Journal:
         try:
             yield
         except (KeyError, IndexError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+            why = " ".join(str(error).split())[:200]
             raise DataError(
-                f"{self.path} does not fit the work that it says it is of ({type(error).__name__}: {error}); "
-                "delete it to have the work started over"
+                f"{self.path} does not fit the work that it says it is of ({type(error).__name__}: {why}); delete it "
+                "to have the work started over"
             ) from error
 
     def remove(self) -> None:
