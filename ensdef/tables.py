@@ -19,7 +19,7 @@ from ensdef.worst_case import met_together, worst_case, worst_cases
 #: What is made of a table's records: a row each, a row a defence with ranks, numbers beside
 #: accuracy, or answers to a paper's cells.
 Kind = Literal["grid", "leaderboard", "measures", "paper"]
-#: Columns of the CSV, numbers as fractions.
+#: Columns of the CSV, numbers as fractions. No times: equal runs give equal bytes.
 COLUMNS = (
     "method",
     "dataset",
@@ -38,7 +38,6 @@ COLUMNS = (
     "clean_stderr",
     "robust_accuracy",
     "robust_stderr",
-    "seconds",
     "forwards",
     "backwards",
     "flags",
@@ -72,7 +71,6 @@ def row(record: Record, results: Path) -> dict[str, Any]:
         "clean_stderr": None if clean is None else binomial_stderr(clean, record.n),
         "robust_accuracy": record.robust_accuracy,
         "robust_stderr": record.stderr,
-        "seconds": record.seconds,
         "forwards": record.forwards,
         "backwards": record.backwards,
         "flags": " ".join(flag["flag"] for flag in record.flags),
@@ -113,11 +111,11 @@ def markdown(records: Sequence[Record], results: Path, title: str = "") -> str:
 
 
 def latex(records: Sequence[Record], results: Path, name: str, title: str = "") -> str:
-    """The records as a LaTeX table, without what only finds or times them; footnotes below."""
+    """The records as a LaTeX table, without what only finds them; footnotes below."""
     notes = Footnotes(records)
     worst = {id(record): worst_case(met) for met in met_together(records) for record in met}
     rows = [
-        {head: "" if value is None else str(value) for head, value in row.items() if head not in ("time s", "record")}
+        {head: "" if value is None else str(value) for head, value in row.items() if head != "record"}
         for row in _grid(records, results, notes, worst)
     ]
     return latex_table(rows, name=name, title=title, notes=_below(notes, worst))
@@ -152,7 +150,6 @@ def _grid(
                 "robust %": percent(record.robust_accuracy, record.n) + notes.marks(record),
                 **({"worst %": _worst_percent(worst.get(id(record)))} if worst else {}),
                 "n": record.n,
-                "time s": f"{record.seconds:.1f}",
                 "record": row(record, results)["record"] or "-",
             }
         )

@@ -217,7 +217,7 @@ def test_clean_images_are_judged_once(tmp_path: Path) -> None:
 def test_a_state_that_does_not_fit_is_refused(tmp_path: Path) -> None:
     journal = StoppingJournal(tmp_path / "cell")
     journal.keep(lambda: Snapshot({"scores": torch.zeros(COUNT, 4), "x_adv": torch.zeros(3)}, {}))
-    with pytest.raises(DataError, match="cell does not fit.*delete it"):
+    with pytest.raises(DataError, match=r"cell does not fit.*delete it"):
         JOBS["runs"].run(StoppingJournal(tmp_path / "cell"))
 
 
