@@ -15,13 +15,16 @@ from ensdef.attack_spec import AttackSpec
 from ensdef.defense import EnsembleDefense
 from ensdef.errors import UsageError
 from ensdef.harness import BALL_SLACK, Outcome, attack_model
+from ensdef.journal import Journal
 from ensdef.notation import fill, format_call, parse_call
 from ensdef.registry import ATTACKS, METHODS
 from ensdef.specs import DataSpec, Setting, TrainSpec
 from ensdef.target import Target
-from ensdef.testing import LinearClassifier, expect, is_frozen
+from ensdef.testing import LinearClassifier, expect, is_frozen, stopped_and_resumed
 
 CLASSES, SHAPE = 4, (1, 8, 8)
+#: Batches after which an attack is stopped, to go on in another process.
+MOMENTS = 3
 #: What clauses are checked with, where the attack's own budget is larger.
 BUDGETS = {"steps": 20, "queries": 150, "samples": 32}
 
@@ -56,7 +59,15 @@ def _residual(x: Tensor) -> nn.Module:
     return model
 
 
-def run(name: str, eps: float, *, batch_size: int = 128, order: Tensor | None = None, seed: int = 0) -> Outcome:
+def run(
+    name: str,
+    eps: float,
+    *,
+    batch_size: int = 128,
+    order: Tensor | None = None,
+    seed: int = 0,
+    journal: Journal | None = None,
+) -> Outcome:
     """The attack on the toy; ``order`` permutes the images, ids included."""
     model, x, y = toy(name)
     order = torch.arange(len(x)) if order is None else order
@@ -64,7 +75,15 @@ def run(name: str, eps: float, *, batch_size: int = 128, order: Tensor | None = 
     spec = AttackSpec.create(name, _shortened(name), norm, eps, seed=seed)
     surrogates = {role: cast(EnsembleDefense, model) for role in _surrogates(name, spec.params_object)}
     return attack_model(
-        model, x[order], y[order], spec, ids=order, batch_size=batch_size, prerequisites=surrogates, health="off"
+        model,
+        x[order],
+        y[order],
+        spec,
+        ids=order,
+        batch_size=batch_size,
+        prerequisites=surrogates,
+        health="off",
+        journal=journal,
     )
 
 
@@ -163,6 +182,17 @@ def check_batches_do_not_matter(name: str) -> None:
     )
 
 
+def check_goes_on_where_it_was_stopped(name: str) -> None:
+    alone = run(name, 0.1, batch_size=16)
+    again = stopped_and_resumed(lambda journal: run(name, 0.1, batch_size=16, journal=journal), moments=MOMENTS)
+    expect(
+        torch.equal(alone.x_adv, again.x_adv)
+        and (alone.forwards, alone.backwards) == (again.forwards, again.backwards),
+        f"{name} gives other points, or takes other passes, when it is stopped and another process goes on; keep what "
+        "steps remember in the state that they return, not on self",
+    )
+
+
 ATTACK_CHECKS = [
     check_params_are_frozen,
     check_tells_its_source,
@@ -173,4 +203,5 @@ ATTACK_CHECKS = [
     check_repeats_itself,
     check_leaves_no_trace,
     check_batches_do_not_matter,
+    check_goes_on_where_it_was_stopped,
 ]

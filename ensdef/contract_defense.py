@@ -15,12 +15,13 @@ from ensdef.checkpoints import fit
 from ensdef.data import Data, Split
 from ensdef.defense import Batch, EnsembleDefense
 from ensdef.folding import frozen_copy
+from ensdef.journal import Journal
 from ensdef.losses import cross_entropy
 from ensdef.registry import METHODS
 from ensdef.scores import check_scores
 from ensdef.specs import DataSpec, ModelSpec, Setting, TrainSpec
-from ensdef.testing import expect, is_frozen, lend_adversary
-from ensdef.training import train
+from ensdef.testing import expect, is_frozen, lend_adversary, stopped_and_resumed
+from ensdef.training import Trained, train
 
 CLASSES, SHAPE = 5, (1, 8, 8)
 
@@ -208,8 +209,25 @@ def check_selection_fits_the_members(name: str) -> None:
 
 def check_trains(name: str) -> None:
     x, y = _images(48)
+    trained = _trained(*_training(name, x, y, epochs=1))
+    with torch.no_grad():
+        check_scores(trained.defense.predict(x), len(x), f"{name}.predict after training")
+
+
+def check_training_resumes_to_the_same_weights(name: str) -> None:
+    spec, data = _training(name, *_images(8), epochs=2)
+    alone = _trained(spec, data).defense.state_dict()
+    again = stopped_and_resumed(lambda journal: _trained(spec, data, journal), moments=1).defense.state_dict()
+    differ = [key for key, value in alone.items() if not torch.equal(value, again[key])]
+    expect(
+        not differ,
+        f"{name} trains to other weights {differ[:1]} when it is stopped after an epoch and another process goes on; "
+        "what epochs leave to later ones must be a parameter, a buffer (register_buffer), or a number or text on self",
+    )
+
+
+def _training(name: str, x: Tensor, y: Tensor, epochs: int) -> tuple[TrainSpec, Data]:
     split = Split((x * 255).to(torch.uint8), y)
-    data = Data("contract", split, split, tuple("abcde"))
     data_spec = DataSpec(
         "digits", None, None, None, split.checksum(), split.checksum(), SHAPE, CLASSES, (0.5,), (0.25,)
     )
@@ -219,13 +237,14 @@ def check_trains(name: str) -> None:
         3,
         "linf",
         "0.1",
-        {"epochs": 1, "batch_size": 24, "augment": "none", "lr": 1e-3, "attack": {"steps": 1}},
+        {"epochs": epochs, "batch_size": len(x) // 2, "augment": "none", "lr": 1e-3, "attack": {"steps": 1}},
     )
-    spec = TrainSpec.create(name, {}, setting)
+    return TrainSpec.create(name, {}, setting), Data("contract", split, split, tuple("abcde"))
+
+
+def _trained(spec: TrainSpec, data: Data, journal: Journal | None = None) -> Trained:
     prerequisites = {role: build_defense(needed.model) for role, needed in spec.prerequisites.items()}
-    trained = train(spec, data, prerequisites, device="cpu")
-    with torch.no_grad():
-        check_scores(trained.defense.predict(x), len(x), f"{name}.predict after training")
+    return train(spec, data, prerequisites, device="cpu", journal=journal)
 
 
 def _loss(defense: EnsembleDefense, y: Tensor | None = None) -> list[Any]:
@@ -264,4 +283,5 @@ DEFENSE_CHECKS = [
     check_views_use_the_copy_they_are_called_on,
     check_selection_fits_the_members,
     check_trains,
+    check_training_resumes_to_the_same_weights,
 ]

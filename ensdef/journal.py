@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from safetensors import SafetensorError
@@ -26,7 +26,7 @@ from ensdef.errors import DataError
 from ensdef.records import write_bytes
 from ensdef.set_aside import set_aside
 
-#: Seconds of work before a state is written at all.
+#: Seconds of work before a state is written, and between two of them, at least.
 WAIT = 1.0
 #: Part of the time that may go into writing.
 SHARE = 0.01
@@ -57,6 +57,9 @@ class Journal:
         clock: seconds that only go forward.
     """
 
+    #: seconds that the latest write of this process took: what the first write of the next journal may be expected to
+    usual: ClassVar[float] = 0.0
+
     def __init__(
         self,
         path: Path,
@@ -73,8 +76,7 @@ class Journal:
         self.wait, self.share, self.clock = wait, share, clock
         #: states written by this process, and the seconds that took, collecting them included
         self.written, self.seconds = 0, 0.0
-        self._began = clock()
-        self._last = 0.0
+        self._began = self._ended = clock()
         self._works = True
 
     @staticmethod
@@ -84,9 +86,10 @@ class Journal:
 
     @property
     def due(self) -> bool:
-        """Whether one more state, as costly as the last, stays within the share of the time since the beginning."""
-        elapsed = self.clock() - self._began
-        return self._works and elapsed >= max(self.wait, (self.seconds + self._last) / self.share)
+        """Whether another state, as costly as the last, stays within the share of the time: since that, and in all."""
+        now = self.clock()
+        rested = now - self._ended >= max(self.wait, self.usual / self.share)
+        return self._works and rested and now - self._began >= (self.seconds + self.usual) / self.share
 
     def keep(self, snapshot: Callable[[], Snapshot]) -> bool:
         """Write the state in place of the one before, if it is time to; whether it was written.
@@ -102,8 +105,9 @@ class Journal:
             self._works = False
             self.tell(f"{self.path} cannot be written ({error.strerror}): if this is stopped, it starts over")
             return False
-        self._last = self.clock() - began
-        self.seconds += self._last
+        self._ended = self.clock()
+        Journal.usual = self._ended - began
+        self.seconds += self.usual
         self.written += 1
         return True
 
@@ -114,7 +118,7 @@ class Journal:
         except FileNotFoundError:
             return None
         try:
-            work, snapshot = _unpacked(content)
+            work, snapshot = unpacked(content)
         except (ValueError, TypeError, KeyError, SafetensorError) as error:
             set_aside(self.path, f"damaged ({error})", self.tell)
             return None
@@ -135,9 +139,10 @@ class Journal:
         try:
             yield
         except (KeyError, IndexError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+            why = " ".join(str(error).split())[:200]
             raise DataError(
-                f"{self.path} does not fit the work that it says it is of ({type(error).__name__}: {error}); "
-                "delete it to have the work started over"
+                f"{self.path} does not fit the work that it says it is of ({type(error).__name__}: {why}); delete it "
+                "to have the work started over"
             ) from error
 
     def remove(self) -> None:
@@ -164,7 +169,12 @@ def _packed(work: Mapping[str, Any], snapshot: Snapshot) -> bytes:
     return hashlib.sha256(rest).hexdigest().encode() + b"\n" + rest
 
 
-def _unpacked(content: bytes) -> tuple[dict[str, Any], Snapshot]:
+def unpacked(content: bytes) -> tuple[dict[str, Any], Snapshot]:
+    """Whose state a journal's file holds, and the state.
+
+    Raises:
+        ValueError, TypeError, KeyError, SafetensorError: it is damaged.
+    """
     checksum, _, rest = content.partition(b"\n")
     if hashlib.sha256(rest).hexdigest().encode() != checksum:
         raise ValueError("its checksum is not that of its content")

@@ -22,6 +22,7 @@ from ensdef.errors import TrainingDiverged
 from ensdef.parallel import Share
 from ensdef.records import write_bytes
 from ensdef.registry import load_plugin, loaded_plugins
+from ensdef.signals import end_at_once
 
 #: How long processes wait for one: the first alone looks at held-out images. One that died is noticed at once.
 PATIENCE = timedelta(hours=2)
@@ -70,6 +71,7 @@ def launch(work: Callable[..., Any], arguments: tuple[Any, ...], *, devices: int
 def _process(
     rank: int, count: int, folder: Path, device: str, precision: Any, threads: int, plugins: Sequence[str]
 ) -> None:
+    end_at_once()  # the process that started this one tells what there is to tell
     os.dup2(2, 1)  # standard output is the parent's, for records; libraries that greet there go where messages go
     logging.getLogger("lightning_fabric").setLevel(logging.WARNING)
     try:

@@ -102,6 +102,12 @@ class _Work:
                         )
                     waited = True
                     time.sleep(POLL)
+        except KeyboardInterrupt as error:
+            error.add_note(
+                f"{len(done)} of {len(specs)} measurements are done, and what was kept of trainings lies in "
+                f"{self.run.results}; the same command goes on from there"
+            )
+            raise
         finally:
             self.claims.release_all()
         return done

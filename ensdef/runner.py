@@ -102,6 +102,12 @@ class _Driver:
                         waited = True
                         time.sleep(POLL)
                     _count(advance, len(self.done) - before)
+        except KeyboardInterrupt as error:
+            error.add_note(
+                f"{len(self.done)} of {len(unique)} cells are done, and what was kept of the others lies in "
+                f"{self.run.results}; the same command goes on from there"
+            )
+            raise
         finally:
             self.claims.release_all()
             self.executor.close()

@@ -16,7 +16,7 @@ from ensdef.metrics import binomial_stderr, wilson
 from ensdef.records import Record, write_text
 from ensdef.worst_case import met_together, worst_case, worst_cases
 
-#: Columns of the CSV, numbers as fractions.
+#: Columns of the CSV, numbers as fractions. No times: equal runs give equal bytes.
 COLUMNS = (
     "method",
     "dataset",
@@ -37,7 +37,6 @@ COLUMNS = (
     "robust_stderr",
     "robust_low",
     "robust_high",
-    "seconds",
     "forwards",
     "backwards",
     "flags",
@@ -72,7 +71,6 @@ def row(record: Record, results: Path) -> dict[str, Any]:
         "robust_accuracy": record.robust_accuracy,
         "robust_stderr": record.stderr,
         **dict(zip(("robust_low", "robust_high"), interval(record) or (None, None), strict=True)),
-        "seconds": record.seconds,
         "forwards": record.forwards,
         "backwards": record.backwards,
         "flags": " ".join(flag["flag"] for flag in record.flags),
@@ -116,11 +114,11 @@ def markdown(records: Sequence[Record], results: Path, title: str = "") -> str:
 
 
 def latex(records: Sequence[Record], results: Path, name: str, title: str = "") -> str:
-    """The records as a LaTeX table, without what only finds or times them; footnotes below."""
+    """The records as a LaTeX table, without what only finds them; footnotes below."""
     notes = Footnotes(records)
     worst = {id(record): worst_case(met) for met in met_together(records) for record in met}
     rows = [
-        {head: "" if value is None else str(value) for head, value in row.items() if head not in ("time s", "record")}
+        {head: "" if value is None else str(value) for head, value in row.items() if head != "record"}
         for row in _grid(records, results, notes, worst)
     ]
     return latex_table(rows, name=name, title=title, notes=_below(notes, worst))
@@ -158,7 +156,6 @@ def _grid(
                 "95 %": _range(interval(record)),
                 **({"worst %": _worst_percent(worst.get(id(record)))} if worst else {}),
                 "n": record.n,
-                "time s": f"{record.seconds:.1f}",
                 "record": row(record, results)["record"] or "-",
             }
         )

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Callable, Sequence
+import math
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -13,8 +17,11 @@ from torch import Tensor, nn
 from ensdef.adversary import Adversary
 from ensdef.defense import EnsembleDefense
 from ensdef.errors import UsageError, suggest
+from ensdef.journal import Journal, Snapshot
 from ensdef.recipe import InnerAttack
 from ensdef.registry import ATTACKS, METHODS
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -71,6 +78,37 @@ def _run(name: str, checks: Sequence[Callable[[str], None]]) -> list[Finding]:
         if not findings[-1].ok and check is checks[0]:
             break  # what cannot be built cannot be checked further
     return findings
+
+
+class Stopped(Exception):
+    """Stands for the end of a process in the middle of its work."""
+
+
+class StoppingJournal(Journal):
+    """A journal that writes at every moment, and stops the work after so many; None: never."""
+
+    def __init__(self, path: Path, moments: int | None = None, work: Mapping[str, Any] | None = None) -> None:
+        super().__init__(path, {"key": "toy", **(work or {})}, wait=0.0, share=math.inf)
+        self.moments = moments
+
+    def keep(self, snapshot: Callable[[], Snapshot]) -> bool:
+        written = super().keep(snapshot)
+        if self.written == self.moments:
+            raise Stopped
+        return written
+
+
+def stopped_and_resumed(work: Callable[[Journal], T], moments: int) -> T:
+    """What comes of work that is stopped after so many moments of its journal, and goes on in what is a new process.
+
+    Args:
+        work: keeps its state in the journal that it is given.
+    """
+    with tempfile.TemporaryDirectory(prefix="ensdef-") as folder:
+        path = Path(folder) / "work.journal"
+        with contextlib.suppress(Stopped):
+            return work(StoppingJournal(path, moments))
+        return work(StoppingJournal(path))
 
 
 def lend_adversary(

@@ -397,6 +397,7 @@ SAVING = "weights survive saving"
 VIEWS = "views use the copy they are called on"
 SELECTION = "selection fits the members"
 TRAINS = "trains"
+RESUMES = "training resumes to the same weights"
 #: A clause that compares two predictions cannot hold for NaN or for noise.
 COMPARISONS = (DETERMINISTIC, ALONE, LABELS, SAVING)
 
@@ -603,13 +604,22 @@ def views(self):
             (),
             id="hyper-parameters can change",
         ),
+        pytest.param(
+            "def loss(self, batch, progress):\n"
+            "    self.batches = [*getattr(self, 'batches', []), len(batch.y)]\n"
+            "    return {name: value / len(self.batches) for name, value in super().loss(batch, progress).items()}",
+            {RESUMES: "must be a parameter, a buffer (register_buffer), or a number or text on self"},
+            (),
+            id="remembers its batches in a list",
+        ),
         pytest.param("__doc__ = None", {"tells its source": "no docstring"}, (), id="says nothing of itself"),
     ],
 )
 def test_a_broken_defence_fails_the_check_that_names_its_fault(
     body: str, causes: dict[str, str], consequences: tuple[str, ...], tmp_path: Path
 ) -> None:
-    assert_caught(findings_of(tmp_path, DEFENSE, body), causes, consequences)
+    stuck = (RESUMES,) if TRAINS in (*causes, *consequences) else ()  # what cannot train cannot be taken up
+    assert_caught(findings_of(tmp_path, DEFENSE, body), causes, (*consequences, *stuck))
 
 
 BOX = "stays in ball and box"
@@ -619,6 +629,7 @@ WRONG = "wrong images are never robust"
 REPEATS = "repeats itself"
 TRACE = "leaves no trace"
 BATCHES = "batches do not matter"
+GOES_ON = "goes on where it was stopped"
 FROZEN = "params are frozen"
 
 
@@ -628,13 +639,13 @@ FROZEN = "params are frozen"
         pytest.param(
             "def step(self, target, x_adv, y, state, threat, rng):\n    return x_adv * float('nan'), state",
             {BOX: "returned NaN; a division by a zero gradient norm"},
-            (IDLE, BREAKS, WRONG, REPEATS, TRACE, BATCHES),
+            (IDLE, BREAKS, WRONG, REPEATS, TRACE, BATCHES, GOES_ON),
             id="returns NaN",
         ),
         pytest.param(
             "def step(self, target, x_adv, y, state, threat, rng):\n    return x_adv[:, :, 1:], state",
             {BOX: "points of shape"},
-            (IDLE, BREAKS, WRONG, REPEATS, TRACE, BATCHES),
+            (IDLE, BREAKS, WRONG, REPEATS, TRACE, BATCHES, GOES_ON),
             id="returns another shape",
         ),
         pytest.param(
@@ -647,7 +658,7 @@ FROZEN = "params are frozen"
             "def start(self, target, x, y, threat, rng):\n"
             "    return {'x_adv': x + threat.eps * (2 * torch.rand_like(x) - 1)}",
             {REPEATS: "draw from the rng it is given", TRACE: "use rng"},
-            (BATCHES,),
+            (BATCHES, GOES_ON),
             id="draws from the global random state",
         ),
         pytest.param(
@@ -667,7 +678,7 @@ FROZEN = "params are frozen"
             "    found = super().gradient(*args)\n"
             "    self.average = 0.9 * getattr(self, 'average', 0) + found.mean(dim=0)\n"
             "    return self.average.expand_as(found)",
-            {BATCHES: "keep every state per image"},
+            {BATCHES: "keep every state per image", GOES_ON: "keep what steps remember in the state that they return"},
             (),
             id="keeps a running mean over images",
         ),

@@ -9,6 +9,7 @@ import click
 
 from ensdef._version import __version__
 from ensdef.errors import UsageError
+from ensdef.signals import Interrupted, end_in_order
 
 
 class Refusal(click.ClickException):
@@ -18,13 +19,16 @@ class Refusal(click.ClickException):
 
 
 class Commands(click.Group):
-    """Turns the engine's refusals into exit status 2, without a traceback."""
+    """Turns the engine's refusals into exit status 2, and signals into 130 or 143, without a traceback."""
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
             return super().invoke(ctx)
         except UsageError as error:
             raise Refusal(str(error)) from error
+        except Interrupted as error:  # before click, which would make it 1
+            click.echo(error.told, err=True)
+            raise click.exceptions.Exit(error.exit_status) from None
 
 
 @click.group(
@@ -47,6 +51,15 @@ def cli() -> None:
 
 def main() -> None:
     """Entry point of the ``ensdef`` command."""
+    end_in_order()
+    try:
+        _run()
+    except Interrupted as error:  # before or after the command itself
+        print(error.told, file=sys.stderr)
+        sys.exit(error.exit_status)
+
+
+def _run() -> None:
     from ensdef.cli import (  # noqa: F401 - the modules add their commands
         compare,
         explain,
@@ -59,7 +72,4 @@ def main() -> None:
         verify,
     )
 
-    try:
-        cli(prog_name="ensdef")
-    except KeyboardInterrupt:
-        sys.exit(130)
+    cli(prog_name="ensdef")
