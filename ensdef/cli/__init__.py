@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import sys
 from typing import Any
 
 import click
 
 from ensdef._version import __version__
-from ensdef.errors import UsageError
+from ensdef.errors import StorageError, UsageError
 
 
 class Refusal(click.ClickException):
@@ -17,14 +18,35 @@ class Refusal(click.ClickException):
     exit_code = 2
 
 
+class Failure(click.ClickException):
+    """What was asked for could be, but the machine failed; what is finished is kept."""
+
+    exit_code = 1
+
+
 class Commands(click.Group):
-    """Turns the engine's refusals into exit status 2, without a traceback."""
+    """Turns the engine's refusals into exit status 2, and the file system's into 1, without a traceback."""
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
             return super().invoke(ctx)
         except UsageError as error:
             raise Refusal(str(error)) from error
+        except OSError as error:
+            if error.errno == errno.EPIPE:  # the reader of our output has seen enough; click deals with that
+                raise
+            raise Failure(_told(error)) from error
+
+
+def _told(error: OSError) -> str:
+    """One line that names file and cause."""
+    cause = error.strerror or str(error) or type(error).__name__
+    if isinstance(error, StorageError):
+        return (
+            f"{error.filename} could not be written: {cause}. Nothing is half-written and what was finished is kept: "
+            "make room, or mend the folder, and run the command again"
+        )
+    return f"{error.filename}: {cause}" if error.filename else cause
 
 
 @click.group(
