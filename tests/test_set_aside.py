@@ -14,12 +14,18 @@ from typing import Any
 
 import pytest
 import torch
+from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
-from test_executors import Recording, cell, told
+from test_executors import SMALL, Recording, cell, told
 
 import ensdef
+import ensdef.cli.inspect
+import ensdef.cli.plot
+import ensdef.cli.report
+import ensdef.cli.run
 from ensdef.checkpoints import SPEC, WEIGHTS, checkpoint_folder
 from ensdef.claims import Claims
+from ensdef.cli import cli
 from ensdef.errors import CheckpointError, UsageError
 from ensdef.finished import find_record, is_whole, record_path, whole_record
 from ensdef.jobs import CellJob, Job, Result, TrainJob, attempt
@@ -302,6 +308,45 @@ def test_weights_that_are_not_finite_fail_their_cell_with_the_reason_and_no_othe
     assert f"weights {name!r}" in broken.error
     assert "not finite" in broken.error
     assert fine.error is None
+
+
+# --- tables ---------------------------------------------------------------------------------------
+
+
+def bench(results: Path, attack: str) -> Any:
+    return CliRunner().invoke(cli, ["bench", "--method", "nat", "--attack", attack, *SMALL, "--results", str(results)])
+
+
+def test_a_bench_leaves_out_of_its_table_what_earlier_ones_left_damaged(tmp_path: Path) -> None:
+    assert bench(tmp_path, "fgsm").exit_code == 0
+    (earlier,) = tmp_path.glob("records/*/*/*.json")
+    earlier.write_text("{")
+    result = bench(tmp_path, "bim")
+    assert result.exit_code == 0, result.output
+    assert f"left out of the table bench: {earlier}" in result.stderr
+    assert earlier.read_text() == "{", "not this command's work, so not its to move"
+    assert "fgsm" not in (tmp_path / "tables/bench.csv").read_text()
+    assert "bim" in (tmp_path / "tables/bench.csv").read_text()
+
+    (tmp_path / "manifests/bench.json").write_text("{")
+    result = bench(tmp_path, "fgsm,bim")
+    assert result.exit_code == 0, result.output
+    assert result.stderr.count("set aside") == 2, "the manifest and the record"
+    assert "fgsm" in (tmp_path / "tables/bench.csv").read_text()
+
+
+@pytest.mark.parametrize("command", [["table", "bench"], ["table", "--all"], ["report"], ["plot", "robustness"]])
+def test_commands_that_only_read_refuse_a_damaged_record_and_move_nothing(command: list[str], tmp_path: Path) -> None:
+    assert bench(tmp_path, "fgsm").exit_code == 0
+    (record,) = tmp_path.glob("records/*/*/*.json")
+    record.write_text(turn(record.read_text()))
+    out = ["--out", str(tmp_path / "out.svg")] if command[0] == "plot" else []
+    result = CliRunner().invoke(cli, [*command, "--results", str(tmp_path), *out])
+    assert result.exit_code == 2, result.output
+    assert str(record) in result.stderr
+    assert "delete the file" in result.stderr
+    assert record.exists()
+    assert not list(tmp_path.rglob("*.damaged*"))
 
 
 # --- a process that stood still -------------------------------------------------------------------
