@@ -97,9 +97,8 @@ def load_checkpoint(path: str | Path) -> EnsembleDefense:
         raise CheckpointError(f"{folder / SPEC}: {error}") from error
     except (TypeError, ValueError) as error:  # parameters of another version, values of another type
         raise CheckpointError(f"{folder / SPEC} does not describe a model ({error!r}); train it again") from error
-    tensors = read_weights(weights)
+    fit(defense, read_weights(weights), weights)
     _verify(weights, description)
-    fit(defense, tensors, weights)
     defense.training_key = description.get("key")
     return defense
 

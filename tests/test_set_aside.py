@@ -131,6 +131,16 @@ def test_a_record_that_is_no_text_is_set_aside_too(results: Path) -> None:
     assert len(lines) == 1
 
 
+def test_the_record_of_another_cell_under_the_name_of_this_one_is_set_aside(results: Path) -> None:
+    (other,) = run_cells([cell(attack="pgd")], Run(results))
+    shutil.copy(str(other.path), record_path(cell(), results))
+    with pytest.raises(UsageError, match=f"record of another cell .{other.key[:16]}"):
+        find_record(cell(), results)
+    record, _, lines = again(results)
+    assert (record.key, record.attack) == (cell().key, "fgsm")
+    assert len(lines) == 1
+
+
 def test_a_damaged_record_that_another_command_is_at_stays_where_it_is(
     results: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
