@@ -71,7 +71,7 @@ def is_whole(spec: TrainSpec, results: Path, tell: Callable[[str], None] | None 
         seen = (folder.resolve(), spec.key, file_version(folder / SPEC), file_version(folder / WEIGHTS))
         if seen not in _SOUND:
             if not is_complete(folder, spec):
-                raise CheckpointError(f"{folder / SPEC} describes another training")
+                raise CheckpointError(f"{folder / SPEC} describes another training, or one that broke")
             load_checkpoint(folder)
             _SOUND.add(seen)
     except (CheckpointError, OSError) as error:

@@ -103,8 +103,8 @@ class _Driver:
                         time.sleep(POLL)
                     _count(advance, len(self.done) - before)
         finally:
+            self.executor.close()  # before others may begin what it was at
             self.claims.release_all()
-            self.executor.close()
         return [self.done[cell.key] for cell in self.cells]
 
     def _start(self, waiting: list[Cell]) -> None:

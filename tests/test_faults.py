@@ -6,6 +6,7 @@ import ast
 import errno
 import json
 import os
+import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -48,6 +49,11 @@ def test_a_file_that_cannot_be_written_is_named_with_the_cause(tmp_path: Path, m
         write_bytes(tmp_path / "file", b"content")
     assert (caught.value.errno, caught.value.filename) == (errno.ENOSPC, str(tmp_path / "file"))
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_cause_comes_back_from_another_process_as_it_was() -> None:
+    error = pickle.loads(pickle.dumps(StorageError(errno.ENOSPC, "No space left on device", "results/file")))
+    assert (type(error), error.strerror, error.filename) == (StorageError, "No space left on device", "results/file")
 
 
 @pytest.mark.parametrize("what", ["/checkpoints/", "/records/", "/tables/", "/manifests/"])

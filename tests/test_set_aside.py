@@ -23,7 +23,7 @@ import ensdef.cli.inspect
 import ensdef.cli.plot
 import ensdef.cli.report
 import ensdef.cli.run
-from ensdef.checkpoints import SPEC, WEIGHTS, checkpoint_folder
+from ensdef.checkpoints import SPEC, WEIGHTS, checkpoint_folder, is_complete, save_last_good
 from ensdef.claims import Claims
 from ensdef.cli import cli
 from ensdef.errors import CheckpointError, UsageError
@@ -272,6 +272,18 @@ def test_a_training_that_was_never_finished_is_no_damage(results: Path) -> None:
     assert done == ["train", "nat"]
     assert lines == []
     assert (folder / "of its own").exists()
+
+
+def test_new_weights_beside_what_was_told_of_a_broken_training_are_not_taken_for_finished(results: Path) -> None:
+    """As a crash leaves them between the two files, after a training that broke the first time."""
+    folder = checkpoint_folder(results, cell().training)
+    weights = (folder / WEIGHTS).read_bytes()
+    save_last_good(folder, weights, cell().training, "the loss became NaN")
+    assert not is_complete(folder, cell().training)
+    record, done, _ = again(results, cell(attack="pgd"))
+    assert record.error is None
+    assert done == ["train", "nat"]
+    assert is_complete(folder, cell().training)
 
 
 def test_a_checkpoint_set_aside_by_another_command_under_a_running_attack_costs_one_more_try(results: Path) -> None:
