@@ -97,9 +97,8 @@ def load_checkpoint(path: str | Path) -> EnsembleDefense:
         raise CheckpointError(f"{folder / SPEC}: {error}") from error
     except (TypeError, ValueError) as error:  # parameters of another version, values of another type
         raise CheckpointError(f"{folder / SPEC} does not describe a model ({error!r}); train it again") from error
-    tensors = read_weights(weights)
+    fit(defense, read_weights(weights), weights)
     _verify(weights, description)
-    fit(defense, tensors, weights)
     defense.training_key = description.get("key")
     return defense
 
@@ -128,7 +127,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
 def _verify(weights: Path, description: Mapping[str, Any]) -> None:
     """Refuse weights that are not those of the description; descriptions older than the checksum have none."""
     expected = description.get("weights_sha256")
-    speaks_of = LAST_GOOD if "broken" in (description.get("report") or {}) else WEIGHTS
+    speaks_of = LAST_GOOD if _tells_of_a_break(description) else WEIGHTS
     if expected is not None and weights.name == speaks_of:
         found = _file_checksum(weights.resolve(), *file_version(weights))
         if found != expected:
@@ -229,7 +228,15 @@ def is_complete(folder: Path, spec: TrainSpec) -> bool:
     Raises:
         CheckpointError: the description was edited, or is none.
     """
-    return has_both_files(folder) and _description(folder).get("key") == spec.key
+    if not has_both_files(folder):
+        return False
+    description = _description(folder)
+    # beside new weights there may still lie what was told when this training broke before
+    return description.get("key") == spec.key and not _tells_of_a_break(description)
+
+
+def _tells_of_a_break(description: Mapping[str, Any]) -> bool:
+    return "broken" in (description.get("report") or {})
 
 
 def _description(folder: Path) -> dict[str, Any]:

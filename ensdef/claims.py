@@ -26,8 +26,8 @@ from filelock import FileLock, Timeout
 
 from ensdef.leases import KEEPER, RENEW, STALE, Lease, newest, numbers, read_lease, this_host
 
-#: Seconds between looks of a process that waits for its turn.
-POLL = 0.1
+#: Seconds between looks of a process that waits for its turn, and between lines that say so.
+POLL, TELL = 0.1, 600.0
 _FOLDER = ".claims"
 
 
@@ -157,9 +157,12 @@ class Claims:
 
 @contextmanager
 def one_at_a_time(results: Path, what: str, tell: Callable[[str], None] = lambda text: None) -> Iterator[None]:
-    """Wait until no other process is in here for the same results folder."""
-    claims = Claims(results, tell)
+    """Wait until no other process is in here for the same results folder; ``tell`` hears of a wait now and then."""
+    claims, told = Claims(results, tell), -float("inf")
     while not claims.take(what):
+        if time.monotonic() - told > TELL:
+            told = time.monotonic()
+            tell(f"waiting: another command is at {what} in {results}")
         time.sleep(POLL)
     try:
         yield

@@ -19,7 +19,7 @@ from ensdef.worker import READY, RESULT, ShownProgress, work
 
 #: Seconds without a word from a job after which it is given up.
 STALL = 3600.0
-#: Seconds that a new process may take until it has loaded everything, at least.
+#: Seconds that a new process may take to load everything that its first job needs, at least.
 START = 300.0
 
 
@@ -90,7 +90,7 @@ class IsolatedExecutor:
         self.stall = stall
         self._waiting: list[Job] = []
         self._process: Any = None
-        #: whether the process has not told yet that its plug-ins are loaded
+        #: whether nothing has been heard of the process's first job yet
         self._new = True
         self._pipe: Connection | None = None
 
@@ -131,12 +131,14 @@ class IsolatedExecutor:
                 kind, *told = self._pipe.recv()
             except Exception:  # the end of the pipe, or half a message
                 return self._died()
-            heard, patience, self._new = time.monotonic(), self.stall, False
+            heard = time.monotonic()
+            if kind == READY:
+                continue
+            patience, self._new = self.stall, False
             if kind == RESULT:
                 result: Result = told[0]
                 return result
-            if kind != READY:
-                shown.show(kind, *told)
+            shown.show(kind, *told)
         self._kill()
         return Result(error=f"no progress for {patience:g} s, so the process was ended; --stall allows for more")
 

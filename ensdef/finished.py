@@ -16,7 +16,7 @@ from ensdef.checkpoints import (
     is_complete,
     load_checkpoint,
 )
-from ensdef.errors import CheckpointError
+from ensdef.errors import CheckpointError, UsageError
 from ensdef.health.catalogue import TIERS, Tier
 from ensdef.records import Record, Store
 from ensdef.set_aside import set_aside, whole
@@ -36,9 +36,14 @@ def find_record(cell: Cell, results: Path, health: Tier | None = None) -> Record
     """The finished record of a cell, if there is one whose health report is of this tier or a higher one.
 
     Raises:
-        UsageError: it is damaged.
+        UsageError: it is damaged, or that of another cell.
     """
-    record = Store(results).read(record_path(cell, results))
+    path = record_path(cell, results)
+    record = Store(results).read(path)
+    if record is not None and record.key != cell.key:
+        raise UsageError(
+            f"{path}: holds the record of another cell ({record.key[:16]}); delete the file to have it computed again"
+        )
     if record is not None and health is not None:
         had = record.provenance.get("health", "off")  # records older than the report have none
         if had not in TIERS or TIERS.index(had) < TIERS.index(health):
@@ -66,7 +71,7 @@ def is_whole(spec: TrainSpec, results: Path, tell: Callable[[str], None] | None 
         seen = (folder.resolve(), spec.key, file_version(folder / SPEC), file_version(folder / WEIGHTS))
         if seen not in _SOUND:
             if not is_complete(folder, spec):
-                raise CheckpointError(f"{folder / SPEC} describes another training")
+                raise CheckpointError(f"{folder / SPEC} describes another training, or one that broke")
             load_checkpoint(folder)
             _SOUND.add(seen)
     except (CheckpointError, OSError) as error:

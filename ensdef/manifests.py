@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -11,6 +11,7 @@ from ensdef.bounded import MANIFEST, inside, read_json
 from ensdef.errors import UsageError, suggest
 from ensdef.measurement import Measurement, read_measurement
 from ensdef.records import Record, read_record, write_text
+from ensdef.set_aside import whole
 
 #: What is made of a table's records: a row each, a row a defence with ranks, numbers beside
 #: accuracy, or answers to a paper's cells.
@@ -39,15 +40,43 @@ class Manifests:
             raise UsageError(suggest("table", name, known) + f" (in {self.results}; `ensdef run` makes them)")
         return found
 
-    def write(self, name: str, title: str, records: Sequence[Record], *, extend: bool, kind: Kind = "grid") -> None:
-        """Remember the records of a table and what is made of them; ``extend`` keeps those that were there before."""
-        paths = self._listed(name, "records")[1] if extend and name in self.names() else []
+    def write(
+        self,
+        name: str,
+        title: str,
+        records: Sequence[Record],
+        *,
+        extend: bool,
+        kind: Kind = "grid",
+        tell: Callable[[str], None] = lambda text: None,
+    ) -> None:
+        """Remember the records of a table and what is made of them; ``extend`` keeps those that were there before.
+
+        Args:
+            tell: is told of what was there before and cannot be read.
+        """
+        paths = self._readable(name, tell) if extend and name in self.names() else []
         for record in records:
             path = Path(str(record.path)).relative_to(self.results).as_posix()
             if path not in paths:
                 paths.append(path)
         content = {"title": title, "kind": kind, "records": paths}
         write_text(self.folder / f"{name}.json", json.dumps(content, indent=1) + "\n")
+
+    def _readable(self, name: str, tell: Callable[[str], None]) -> list[str]:
+        """The records that a table had so far, without those that are gone or damaged: these stay where they are,
+        because only who has claimed a cell may set its record aside.
+        """
+        listed = whole(lambda: self._listed(name, "records"), self.folder / f"{name}.json", tell)
+        paths = []
+        for relative in listed[1] if listed else []:
+            try:
+                read_record(self._file(name, "record", relative))
+            except UsageError as error:
+                tell(f"left out of the table {name}: {error}")
+            else:
+                paths.append(relative)
+        return paths
 
     def read(self, name: str) -> tuple[str, list[Record]]:
         """Title and records of a table.

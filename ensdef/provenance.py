@@ -45,5 +45,6 @@ def git_commit() -> str | None:
 
 
 def _git(root: Path, *words: str) -> str:
-    command = ["git", "-C", os.fspath(root), *words]
+    # a status that refreshed the index would leave a lock in the checkout if it were killed
+    command = ["git", "--no-optional-locks", "-C", os.fspath(root), *words]
     return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()

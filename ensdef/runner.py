@@ -109,8 +109,8 @@ class _Driver:
             )
             raise
         finally:
+            self.executor.close()  # before others may begin what it was at
             self.claims.release_all()
-            self.executor.close()
         return [self.done[cell.key] for cell in self.cells]
 
     def _start(self, waiting: list[Cell]) -> None:

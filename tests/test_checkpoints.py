@@ -24,8 +24,10 @@ from ensdef.checkpoints import (
     fit,
     is_complete,
     load_checkpoint,
+    packed,
     read_weights,
     save_checkpoint,
+    save_last_good,
     training_report,
 )
 from ensdef.defense import EnsembleDefense
@@ -49,7 +51,9 @@ def saved(folder: Path, method: str = "soe", **changes: Any) -> tuple[EnsembleDe
 
 
 def rewrite(folder: Path, change: Callable[[dict[str, Any]], None]) -> None:
+    """As a version without checksums would have written it."""
     description = json.loads((folder / SPEC).read_text())
+    del description["sha256"]
     change(description)
     (folder / SPEC).write_text(json.dumps(description))
 
@@ -197,6 +201,37 @@ def test_weights_of_another_training_are_refused(other: dict[str, Any], told: st
     saved(tmp_path / "other", **{"method": "soe", **other})
     shutil.copy(tmp_path / "other" / WEIGHTS, tmp_path / WEIGHTS)
     refused(tmp_path, rf"another architecture: \d+ tensors differ.*({told})")
+
+
+def test_weights_of_another_seed_are_refused_by_their_checksum(tmp_path: Path) -> None:
+    saved(tmp_path)
+    tensors = {name: value + 1 for name, value in load_file(tmp_path / WEIGHTS).items()}
+    save_file(tensors, tmp_path / WEIGHTS)
+    refused(tmp_path, r"not the file that spec\.json describes: its SHA-256 is [0-9a-f]{16}, expected [0-9a-f]{16}")
+
+
+def test_an_edited_description_is_refused_by_its_checksum(tmp_path: Path) -> None:
+    saved(tmp_path)
+    text = (tmp_path / SPEC).read_text()
+    assert '"seconds": 1.5' in text
+    (tmp_path / SPEC).write_text(text.replace('"seconds": 1.5', '"seconds": 1.0'))
+    refused(tmp_path, r"was edited since it was saved")
+
+
+def test_a_description_with_a_history_that_is_no_number_keeps_its_checksum(tmp_path: Path) -> None:
+    spec = toy_spec("soe", DATA)
+    report = {"history": [{"ce": float("nan")}, {2: 1, 10: 1}]}
+    save_checkpoint(tmp_path, build_defense(spec.model), spec, report)
+    load_checkpoint(tmp_path)
+
+
+def test_the_last_good_epoch_of_a_broken_training_is_verified_too(tmp_path: Path) -> None:
+    spec = toy_spec("soe", DATA)
+    defense = build_defense(spec.model)
+    path = save_last_good(tmp_path, packed(defense.state_dict()), spec, "the loss became NaN")
+    assert same_weights(load_checkpoint(path), defense)
+    save_file({name: value + 1 for name, value in load_file(path).items()}, path)
+    refused(path, "not the file")
 
 
 def test_one_renamed_tensor_is_told_by_both_names(tmp_path: Path) -> None:

@@ -307,6 +307,20 @@ def test_one_at_a_time_lets_no_two_in(kind: str | None, tmp_path: Path, request:
     assert most == 1
 
 
+def test_who_waits_for_its_turn_says_so(tmp_path: Path) -> None:
+    other = Claims(tmp_path)
+    assert other.take("tables")
+    told: list[str] = []
+
+    def hear(text: str) -> None:
+        told.append(text)
+        other.release_all()
+
+    with one_at_a_time(tmp_path, "tables", hear):
+        pass
+    assert told == [f"waiting: another command is at tables in {tmp_path}"]
+
+
 def test_a_lease_can_be_made_by_one_alone(tmp_path: Path) -> None:
     lease = Lease(tmp_path / "1", locked=False)
     with pytest.raises(FileExistsError):

@@ -25,7 +25,7 @@ from ensdef.jobs import Run, TrainJob
 from ensdef.loading import find_data
 from ensdef.measure import Dependency, Measure, Measured, Subject, register_measure
 from ensdef.measurement import Measurement, Measurements, read_measurement
-from ensdef.measuring import MeasureSpec, measure_all
+from ensdef.measuring import MeasureSpec, find_measurement, measure_all
 from ensdef.progress import Progress
 from ensdef.registry import MEASUREMENTS
 from ensdef.specs import Setting, TrainSpec
@@ -228,7 +228,8 @@ def test_a_file_under_the_name_of_another_is_refused(tmp_path: Path) -> None:
     (made,) = measure_all([one], Run(tmp_path))
     Path(str(made.path)).rename(Measurements(tmp_path).path(None, None, "xor", other.key))
     with pytest.raises(UsageError, match="not the one it is named after"):
-        measure_all([other], Run(tmp_path))
+        find_measurement(other, Run(tmp_path))
+    assert measure_all([other], Run(tmp_path))[0].key == other.key, "set aside, and made"
 
 
 def test_undefined_quantities_are_stored_as_null(tmp_path: Path, registered: Any) -> None:

@@ -3,31 +3,47 @@
 from __future__ import annotations
 
 from copy import deepcopy
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from test_executors import cell
 from torch import Tensor, nn
 from toys_queries import decisions, images, linear
 
 from ensdef.attack_spec import AttackSpec
 from ensdef.backend import is_out_of_memory
+from ensdef.evaluation import evaluate_cell
 from ensdef.harness import Outcome, attack_model
 from ensdef.rows import SMALLEST_BATCH
+from ensdef.runner import Run, run_cells
+from ensdef.training import train
 
 limited = pytest.mark.parametrize("where", ["everywhere", "with gradients", "without gradients"])
+
+
+#: What running out of memory looks like: on a GPU, in PyTorch on the CPU, in NumPy or Python.
+OUT_OF_MEMORY: dict[str, Exception] = {
+    "cuda": torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
+    "cpu": RuntimeError(
+        "[enforce fail at alloc_cpu.cpp:121] . DefaultCPUAllocator: can't allocate memory: you tried to allocate 9000 "
+        "bytes. Error code 12 (Cannot allocate memory)"
+    ),
+    "python": MemoryError("Unable to allocate 9.00 GiB for an array"),
+}
 
 
 class Small(nn.Module):
     """A model on a device with room for ``most`` images a pass."""
 
-    def __init__(self, model: nn.Module, most: int, where: str = "everywhere") -> None:
+    def __init__(self, model: nn.Module, most: int, where: str = "everywhere", kind: str = "cuda") -> None:
         super().__init__()
-        self.model, self.most, self.where = model, most, where
+        self.model, self.most, self.where, self.kind = model, most, where, kind
         self.refused = torch.zeros(1)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Small:
-        copy = Small(deepcopy(self.model), self.most, self.where)
+        copy = Small(deepcopy(self.model), self.most, self.where, self.kind)
         copy.refused = self.refused
         return copy
 
@@ -35,7 +51,7 @@ class Small(nn.Module):
         asked = torch.is_grad_enabled() and x.requires_grad
         if len(x) > self.most and self.where != ("without gradients" if asked else "with gradients"):
             self.refused += 1
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+            raise OUT_OF_MEMORY[self.kind]
         scores: Tensor = self.model(x)
         return scores
 
@@ -61,6 +77,48 @@ def test_the_result_is_the_same_in_smaller_batches(attack: str, params: dict[str
         assert float(small.refused) > 0, "a test that never ran out of memory shows nothing"
     # 128 -> 64 -> 32: twice in the clean pass, in the attack and in the recount
     assert float(small.refused) <= 6
+
+
+@limited
+@pytest.mark.parametrize("kind", ["cpu", "python"])
+def test_the_cpu_s_memory_runs_out_like_the_gpu_s(kind: str, where: str) -> None:
+    small = Small(linear(10), 40, where, kind)
+    expected, found = outcome(linear(10), "pgd", steps=5), outcome(small, "pgd", steps=5)
+    assert torch.equal(found.x_adv, expected.x_adv)
+    assert 0 < float(small.refused) <= 6
+
+
+@pytest.mark.parametrize("kind", OUT_OF_MEMORY)
+def test_a_cell_that_never_fits_fails_with_what_to_do_and_the_others_finish(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def evaluate(defense: Any, asked: Any, *args: Any, **kwargs: Any) -> Any:
+        if asked.attack.name == "pgd":
+            raise OUT_OF_MEMORY[kind]
+        return evaluate_cell(defense, asked, *args, **kwargs)
+
+    monkeypatch.setattr("ensdef.jobs.evaluate_cell", evaluate)
+    failed, fine = run_cells([cell(attack="pgd"), cell()], Run(tmp_path))
+    assert str(OUT_OF_MEMORY[kind]) in str(failed.error)
+    assert "--batch-size" in str(failed.error)
+    assert fine.error is None
+
+
+@pytest.mark.parametrize("kind", OUT_OF_MEMORY)
+def test_a_training_that_does_not_fit_fails_with_what_to_do_and_the_others_finish(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def lacking(spec: Any, *args: Any, **kwargs: Any) -> Any:
+        if spec.setting.seed == 1:
+            raise OUT_OF_MEMORY[kind]
+        return train(spec, *args, **kwargs)
+
+    monkeypatch.setattr("ensdef.jobs.train", lacking)
+    failed, fine = run_cells([cell(seed=1), cell()], Run(tmp_path))
+    assert str(OUT_OF_MEMORY[kind]) in str(failed.error)
+    assert "--members" in str(failed.error)
+    assert "batch_size" in str(failed.error)
+    assert fine.error is None
 
 
 @pytest.mark.parametrize("attack", ["pgd", "square"])

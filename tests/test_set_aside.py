@@ -14,12 +14,18 @@ from typing import Any
 
 import pytest
 import torch
+from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
-from test_executors import Recording, cell, told
+from test_executors import SMALL, Recording, cell, told
 
 import ensdef
-from ensdef.checkpoints import SPEC, WEIGHTS, checkpoint_folder
+import ensdef.cli.inspect
+import ensdef.cli.plot
+import ensdef.cli.report
+import ensdef.cli.run
+from ensdef.checkpoints import SPEC, WEIGHTS, checkpoint_folder, is_complete, save_last_good
 from ensdef.claims import Claims
+from ensdef.cli import cli
 from ensdef.errors import CheckpointError, UsageError
 from ensdef.finished import find_record, is_whole, record_path, whole_record
 from ensdef.jobs import CellJob, Job, Result, TrainJob, attempt
@@ -122,6 +128,16 @@ def test_a_record_that_is_no_text_is_set_aside_too(results: Path) -> None:
     record_path(cell(), results).write_bytes(b"\xff\xfe\x00")
     record, _, lines = again(results)
     assert record.error is None
+    assert len(lines) == 1
+
+
+def test_the_record_of_another_cell_under_the_name_of_this_one_is_set_aside(results: Path) -> None:
+    (other,) = run_cells([cell(attack="pgd")], Run(results))
+    shutil.copy(str(other.path), record_path(cell(), results))
+    with pytest.raises(UsageError, match=f"record of another cell .{other.key[:16]}"):
+        find_record(cell(), results)
+    record, _, lines = again(results)
+    assert (record.key, record.attack) == (cell().key, "fgsm")
     assert len(lines) == 1
 
 
@@ -258,6 +274,18 @@ def test_a_training_that_was_never_finished_is_no_damage(results: Path) -> None:
     assert (folder / "of its own").exists()
 
 
+def test_new_weights_beside_what_was_told_of_a_broken_training_are_not_taken_for_finished(results: Path) -> None:
+    """As a crash leaves them between the two files, after a training that broke the first time."""
+    folder = checkpoint_folder(results, cell().training)
+    weights = (folder / WEIGHTS).read_bytes()
+    save_last_good(folder, weights, cell().training, "the loss became NaN")
+    assert not is_complete(folder, cell().training)
+    record, done, _ = again(results, cell(attack="pgd"))
+    assert record.error is None
+    assert done == ["train", "nat"]
+    assert is_complete(folder, cell().training)
+
+
 def test_a_checkpoint_set_aside_by_another_command_under_a_running_attack_costs_one_more_try(results: Path) -> None:
     folder = checkpoint_folder(results, cell().training)
 
@@ -302,6 +330,45 @@ def test_weights_that_are_not_finite_fail_their_cell_with_the_reason_and_no_othe
     assert f"weights {name!r}" in broken.error
     assert "not finite" in broken.error
     assert fine.error is None
+
+
+# --- tables ---------------------------------------------------------------------------------------
+
+
+def bench(results: Path, attack: str) -> Any:
+    return CliRunner().invoke(cli, ["bench", "--method", "nat", "--attack", attack, *SMALL, "--results", str(results)])
+
+
+def test_a_bench_leaves_out_of_its_table_what_earlier_ones_left_damaged(tmp_path: Path) -> None:
+    assert bench(tmp_path, "fgsm").exit_code == 0
+    (earlier,) = tmp_path.glob("records/*/*/*.json")
+    earlier.write_text("{")
+    result = bench(tmp_path, "bim")
+    assert result.exit_code == 0, result.output
+    assert f"left out of the table bench: {earlier}" in result.stderr
+    assert earlier.read_text() == "{", "not this command's work, so not its to move"
+    assert "fgsm" not in (tmp_path / "tables/bench.csv").read_text()
+    assert "bim" in (tmp_path / "tables/bench.csv").read_text()
+
+    (tmp_path / "manifests/bench.json").write_text("{")
+    result = bench(tmp_path, "fgsm,bim")
+    assert result.exit_code == 0, result.output
+    assert result.stderr.count("set aside") == 2, "the manifest and the record"
+    assert "fgsm" in (tmp_path / "tables/bench.csv").read_text()
+
+
+@pytest.mark.parametrize("command", [["table", "bench"], ["table", "--all"], ["report"], ["plot", "robustness"]])
+def test_commands_that_only_read_refuse_a_damaged_record_and_move_nothing(command: list[str], tmp_path: Path) -> None:
+    assert bench(tmp_path, "fgsm").exit_code == 0
+    (record,) = tmp_path.glob("records/*/*/*.json")
+    record.write_text(turn(record.read_text()))
+    out = ["--out", str(tmp_path / "out.svg")] if command[0] == "plot" else []
+    result = CliRunner().invoke(cli, [*command, "--results", str(tmp_path), *out])
+    assert result.exit_code == 2, result.output
+    assert str(record) in result.stderr
+    assert "delete the file" in result.stderr
+    assert record.exists()
+    assert not list(tmp_path.rglob("*.damaged*"))
 
 
 # --- a process that stood still -------------------------------------------------------------------

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import sys
 from typing import Any
 
 import click
 
 from ensdef._version import __version__
-from ensdef.errors import UsageError
+from ensdef.errors import StorageError, UsageError
 from ensdef.signals import Interrupted, end_in_order
 
 
@@ -18,8 +19,16 @@ class Refusal(click.ClickException):
     exit_code = 2
 
 
+class Failure(click.ClickException):
+    """What was asked for could be, but the machine failed; what is finished is kept."""
+
+    exit_code = 1
+
+
 class Commands(click.Group):
-    """Turns the engine's refusals into exit status 2, and signals into 130 or 143, without a traceback."""
+    """Turns the engine's refusals into exit status 2, failures of the file system into 1, and signals into 130 or 143,
+    without a traceback.
+    """
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
@@ -29,6 +38,21 @@ class Commands(click.Group):
         except Interrupted as error:  # before click, which would make it 1
             click.echo(error.told, err=True)
             raise click.exceptions.Exit(error.exit_status) from None
+        except OSError as error:
+            if error.errno == errno.EPIPE:  # the reader of our output has seen enough; click deals with that
+                raise
+            raise Failure(_told(error)) from error
+
+
+def _told(error: OSError) -> str:
+    """One line that names file and cause."""
+    cause = error.strerror or str(error) or type(error).__name__
+    if isinstance(error, StorageError):
+        return (
+            f"{error.filename} could not be written: {cause}. Nothing is half-written and what was finished is kept: "
+            "make room, or mend the folder, and run the command again"
+        )
+    return f"{error.filename}: {cause}" if error.filename else cause
 
 
 @click.group(

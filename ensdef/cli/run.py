@@ -7,6 +7,7 @@ import dataclasses
 import json
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -262,7 +263,9 @@ def _report(
         # a bench adds to what was benched before; a protocol's table is the protocol's cells and no others
         title = protocol.title if table != "bench" else "Bench"
         kind = _kind(protocol, protocol_id, records)
-        Manifests(results).write(table, title, records, extend=table == "bench", kind=kind)
+        Manifests(results).write(
+            table, title, records, extend=table == "bench", kind=kind, tell=partial(click.echo, err=True)
+        )
         paths = write_table(table, results, results / "tables")
         text = build_table(table, results)[f"{table}.md"] if kind == "leaderboard" else markdown(records, results)
     click.echo(text, err=as_json)
