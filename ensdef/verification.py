@@ -126,7 +126,7 @@ class _Examination:
 
     def _same(self, came: Any, expected: Any, reason: str) -> bool:
         if came != expected:
-            self.failures.append(Failure(f"{reason}: {came}, expected {expected}"))
+            self.failures.append(Failure(f"{reason}: {_short(came)}, expected {_short(expected)}"))
         return bool(came == expected)
 
     def _defense(self, folder: Path, training: TrainSpec) -> EnsembleDefense:
@@ -209,3 +209,9 @@ class _Examination:
         if missing:
             raise Refuted
         return points
+
+
+def _short(value: Any) -> str:
+    """A value in a message; of a hash its beginning."""
+    text = str(value)
+    return text[:16] if len(text) == 64 and "/" not in text else text

@@ -15,7 +15,7 @@ from safetensors.torch import load, load_file, save, save_file
 from torch import Tensor
 
 from ensdef.checkpoints import WEIGHTS, load_checkpoint, training_spec
-from ensdef.keys import checksum_of
+from ensdef.keys import canonical, checksum_of
 from ensdef.metrics import binomial_stderr, fraction_of
 from ensdef.record_cell import cell_of
 from ensdef.records import CHECKSUM, Record, write_text
@@ -46,7 +46,7 @@ class Forgery:
     def write(self) -> None:
         """Put the forged evidence and record in place of the honest ones."""
         if self.evidence.is_file() and self.tensors:
-            content = save(self.tensors, metadata=self.told)
+            content = save(self.tensors, metadata={"points": canonical(self.told)})
             if content != self.evidence.read_bytes():
                 self.replace_evidence(content)
         if self.recounts:
@@ -150,8 +150,8 @@ class Forgery:
         return data.test.x(torch.tensor([image]))
 
 
-def opened(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+def opened(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Tensors of a safetensors file, and what its header tells."""
     content = path.read_bytes()
     length = int.from_bytes(content[:8], "little")
-    return load(content), json.loads(content[8 : 8 + length])["__metadata__"]
+    return load(content), json.loads(json.loads(content[8 : 8 + length])["__metadata__"]["points"])

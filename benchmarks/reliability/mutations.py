@@ -6,6 +6,7 @@ the name says so, keys and hashes.
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 from collections.abc import Callable
@@ -58,7 +59,7 @@ def edit(name: str, reason: str, status: str = REFUTED, **changes: Any) -> None:
             place = forged.body
             for part in above:
                 place = place[part]
-            place[last] = value
+            place[last] = copy.deepcopy(value)
 
     MUTATIONS.append(Mutation(name, reason, apply, status))
 
@@ -449,7 +450,7 @@ def _(forged: Forgery) -> None:
 
 @mutation("steps of another size", "is of another format")
 def _(forged: Forgery) -> None:
-    forged.told["levels"] = "127"
+    forged.told["levels"] = 127
 
 
 @mutation("a tensor left out", "holds delta_int16")
@@ -463,12 +464,12 @@ def _(forged: Forgery) -> None:
     forged.evidence.write_bytes(forged.evidence.read_bytes()[:-10])
 
 
-@mutation("evidence truncated, checksum repaired", "truncated or no safetensors file")
+@mutation("evidence truncated, checksum repaired", "truncated or no file of points")
 def _(forged: Forgery) -> None:
     forged.replace_evidence(forged.evidence.read_bytes()[:-10])
 
 
-@mutation("evidence a pickle, checksum repaired", "truncated or no safetensors file")
+@mutation("evidence a pickle, checksum repaired", "truncated or no file of points")
 def _(forged: Forgery) -> None:
     place = forged.folder / "pickle"
     torch.save(forged.tensors, place)
