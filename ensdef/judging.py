@@ -53,9 +53,10 @@ def is_right(scores: Tensor, y: Tensor) -> Tensor:
 def is_borderline(scores: Tensor, y: Tensor) -> Tensor:
     """Whether rounding decides between the label and the best other class, (N,) bool.
 
-    A tie to the last bit is none: the first class wins it everywhere, as when members vote.
+    A tie to the last bit is none: the first class wins it everywhere. Nor are scores that are no numbers.
     """
     own = scores.gather(1, y.unsqueeze(1)).squeeze(1)
     other = scores.scatter(1, y.unsqueeze(1), -torch.inf).amax(dim=1)
     size = torch.maximum(own.abs(), other.abs())
-    return (own != other) & ((own - other).abs() <= BORDERLINE * size)
+    close = (own != other) & ((own - other).abs() <= BORDERLINE * size)
+    return close & torch.isfinite(scores).all(dim=1)

@@ -16,6 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
+from ensdef.keys import canonical
 from ensdef.session import BALL_SLACK
 from ensdef.threat import Threat
 
@@ -23,7 +24,8 @@ from ensdef.threat import Threat
 LEVELS = 255
 #: Images that are worked on at once, so that large ones fit into memory.
 PORTION = 100
-_FORMAT = "1"
+_FORMAT = 1
+_HEADER = "points"
 #: The tensors of a file: differences in steps of two widths, and points; each has the ids of its images beside it.
 _STEPS = {"delta_int8": torch.int8, "delta_int16": torch.int16}
 _EXACT = {"point_float32": torch.float32}
@@ -84,7 +86,8 @@ def packed_points(ids: Tensor, steps: Tensor, points: Tensor, exact: Tensor, key
     for name, (rows, values) in {**parts, "point_float32": (exact, points)}.items():
         tensors[name] = values[rows].to(_KINDS[name]).contiguous()
         tensors[f"{name}_ids"] = ids[rows].clone()
-    return save(tensors, metadata={"format": _FORMAT, "key": key, "levels": str(LEVELS)})
+    # as one entry: several would stand in another order each time, and equal points would give unequal files
+    return save(tensors, metadata={_HEADER: canonical({"format": _FORMAT, "key": key, "levels": LEVELS})})
 
 
 @dataclass(frozen=True)
@@ -111,24 +114,23 @@ class StoredPoints:
         try:
             tensors = load(content)
             length = int.from_bytes(content[:8], "little")
-            told = json.loads(content[8 : 8 + length])["__metadata__"] or {}
+            told = json.loads(json.loads(content[8 : 8 + length])["__metadata__"][_HEADER])
+            form = (told["format"], told["levels"])
         except (SafetensorError, ValueError, KeyError, TypeError, RecursionError) as error:
-            raise DamagedPoints(f"is truncated or no safetensors file ({error})") from error
-        if told.get("format") != _FORMAT or told.get("levels") != str(LEVELS):
+            raise DamagedPoints(f"is truncated or no file of points ({error!r})") from error
+        if form != (_FORMAT, LEVELS):
             raise DamagedPoints(f"is of another format: {told}")
         expected = {*_KINDS, *(f"{name}_ids" for name in _KINDS)}
         if set(tensors) != expected:
             raise DamagedPoints(f"holds {', '.join(sorted(tensors))}; expected {', '.join(sorted(expected))}")
         for name, kind in _KINDS.items():
             values, ids = tensors[name], tensors[f"{name}_ids"]
-            if values.dtype != kind or values.shape[1:] != shape or values.dim() != 1 + len(shape):
-                raise DamagedPoints(
-                    f"has {name} of {values.dtype} {tuple(values.shape)}; expected {kind} (n, *{shape})"
-                )
+            if values.dtype != kind or values.dim() != 1 + len(shape) or values.shape[1:] != shape:
+                came = f"{values.dtype} {tuple(values.shape)}"
+                raise DamagedPoints(f"has {name} of {came}; expected {kind} (n, {', '.join(map(str, shape))})")
             if ids.dtype != torch.int64 or ids.shape != values.shape[:1]:
-                raise DamagedPoints(
-                    f"has {name}_ids of {ids.dtype} {tuple(ids.shape)}; expected int64 ({len(values)},)"
-                )
+                came = f"{ids.dtype} {tuple(ids.shape)}"
+                raise DamagedPoints(f"has {name}_ids of {came}; expected torch.int64 ({len(values)},)")
         points = cls(str(told.get("key")), tensors)
         if len(set(points.ids)) != len(points.ids):
             twice = sorted({one for one in points.ids if points.ids.count(one) > 1})

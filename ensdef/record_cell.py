@@ -61,7 +61,7 @@ def _differences(prefix: str, expected: Mapping[str, Any], told: Mapping[str, An
     for name, value in expected.items():
         came = told.get(name)
         if not _equal(came, value):
-            yield f"{prefix}{name} is {came!r}, which disagrees with the checkpoint and the attack: {value!r}"
+            yield f"{prefix}{name} is {came!r}, but the checkpoint and the attack give {value!r}"
 
 
 def _equal(a: Any, b: Any) -> bool:

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path, PurePath
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
+from ensdef.bundle import Bundle, Refuted, Unverifiable, read_record
 from ensdef.checkpoints import load_checkpoint, training_spec
 from ensdef.data import Data, Split
 from ensdef.defense import EnsembleDefense
@@ -24,7 +24,6 @@ from ensdef.keys import canonical
 from ensdef.loading import attacked_subset, find_data
 from ensdef.points import DamagedPoints, StoredPoints
 from ensdef.record_cell import cell_of, disagreements
-from ensdef.records import Record
 from ensdef.recount import Counts, Failure, Recount
 from ensdef.specs import Cell, DataSpec, TrainSpec
 from ensdef.weights import weights_hash
@@ -32,10 +31,6 @@ from ensdef.weights import weights_hash
 Status = Literal["verified", "not verified", "not verifiable"]
 #: Images a pass of the recount, and what is taken where the attack had as many.
 BATCH, OTHER_BATCH = 100, 104
-#: Bytes of a record beyond which it is not read.
-RECORD_LIMIT = 64 << 20
-#: What a file of points may have beside four bytes a value.
-_OVERHEAD = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -57,14 +52,6 @@ class Verification:
         counts = None if self.counts is None else dataclasses.asdict(self.counts)
         reasons = [{"reason": one.reason, "images": list(one.ids)} for one in self.failures]
         return {"record": str(self.path), "status": self.status, "reasons": reasons, "counts": counts}
-
-
-class Unverifiable(Exception):
-    """Something is missing without which nothing can be said."""
-
-
-class Refuted(Exception):
-    """Something is so wrong that there is no use in looking further."""
 
 
 @dataclass(frozen=True)
@@ -93,7 +80,7 @@ class Verifier:
             status = "not verifiable"
             examination.failures.append(Failure(str(error)))
         except Refuted as error:
-            examination.failures.append(Failure(str(error)))
+            examination.failures += [Failure(str(error))] if str(error) else []
         except UsageError as error:  # whatever it is of that cannot be read, it was read on the record's word
             examination.failures.append(Failure(str(error).removeprefix(f"{path}: ")))
         failures = tuple(examination.failures)
@@ -112,7 +99,7 @@ class _Examination:
         self.counts: Counts | None = None
 
     def run(self) -> None:
-        record = self.record = _read(self.path)
+        record = self.record = read_record(self.path)
         self._same(self.path.name, f"{record.attack}-{record.key[:16]}.json", "the file is named after another cell")
         if record.error is not None:
             raise Unverifiable(f"the cell failed: {record.error}")
@@ -120,8 +107,10 @@ class _Examination:
             raise Unverifiable("no evidence: the record is older than that; delete it to have it computed again")
         if "none" in record.evidence:
             raise Unverifiable(f"no evidence: {record.evidence['none']}")
-        self.results = self._results()
-        folder = self._checkpoint()
+        bundle = self.bundle = Bundle.of(self.path, self.verifier.results)
+        if bundle.place is not None:
+            self._same(bundle.place, (record.dataset, record.method), "the file lies among others")
+        folder = self.verifier.checkpoint or bundle.checkpoint(record)
         training = training_spec(folder)
         if record.method != training.method:
             raise Refuted(f"method is {record.method!r}, but {folder} holds {training.method!r}")
@@ -137,38 +126,8 @@ class _Examination:
 
     def _same(self, came: Any, expected: Any, reason: str) -> bool:
         if came != expected:
-            self.failures.append(Failure(f"{reason}: {came}, expected {expected}"))
+            self.failures.append(Failure(f"{reason}: {_short(came)}, expected {_short(expected)}"))
         return bool(came == expected)
-
-    def _results(self) -> Path:
-        above = self.path.resolve().parents
-        inside = len(above) > 3 and above[2].name == "records"
-        results = self.verifier.results or (above[3] if inside else Path("results"))
-        if inside and above[3] == results.resolve():
-            place = [above[1].name, above[0].name]
-            self._same(place, [self.record.dataset, self.record.method], "the file lies among others")
-        return results
-
-    def _inside(self, relative: PurePath) -> Path:
-        """A file of the results folder, which links do not lead out of."""
-        path = (self.results / relative).resolve()
-        if not path.is_relative_to(self.results.resolve()):
-            raise Refuted(f"{relative} leads out of the results folder")
-        return path
-
-    def _checkpoint(self) -> Path:
-        if self.verifier.checkpoint is not None:
-            return self.verifier.checkpoint
-        if self.record.checkpoint is None:
-            raise Unverifiable("it is of a model in memory; only records with a checkpoint can be verified")
-        name = PurePath(self.record.checkpoint).name
-        folder = self._inside(PurePath("checkpoints", name))
-        if not folder.is_dir():
-            raise Unverifiable(
-                f"the checkpoint {self.results / 'checkpoints' / name} is not there; name its folder with "
-                "--checkpoint, or the results folder with --results"
-            )
-        return folder
 
     def _defense(self, folder: Path, training: TrainSpec) -> EnsembleDefense:
         try:
@@ -183,9 +142,7 @@ class _Examination:
                 f"{self.record.evidence.get('version')} and the plug-ins that made the record"
             )
         self._same(defense.training_key, training.key, f"the key in {folder} does not follow from what it describes")
-        if defense.spec is None or canonical(dataclasses.asdict(training.model)) != canonical(
-            dataclasses.asdict(defense.spec)
-        ):
+        if canonical(dataclasses.asdict(training.model)) != canonical(dataclasses.asdict(defense.spec)):
             raise Refuted(f"{folder} describes one model and the training of another")
         if weights_hash(defense) != self.record.evidence.get("weights"):
             self.failures.append(Failure(f"the weights in {folder} are not those that were attacked"))
@@ -195,7 +152,7 @@ class _Examination:
         cell = cell_of(self.record, training)
         self.failures += map(Failure, disagreements(self.record, cell))
         if self.record.dataset != training.setting.data.name:
-            raise Refuted("so there is nothing to compare with")
+            raise Refuted
         return cell
 
     def _images(self, spec: DataSpec) -> Split:
@@ -215,7 +172,7 @@ class _Examination:
         self._same(record.evidence.get("inputs"), images_hash(test.x()), "evidence is of other images")
         self._same(record.evidence.get("labels"), labels_hash(test.labels), "evidence is of other labels")
         if record.outcomes["ids"] != ids.tolist():
-            raise Refuted("outcomes of other images cannot be recounted")
+            raise Refuted
         return test
 
     def _data(self, spec: DataSpec) -> Data:
@@ -235,17 +192,10 @@ class _Examination:
     def _points(self, shape: tuple[int, ...]) -> StoredPoints:
         record, relative = self.record, evidence_path(self.record)
         self._same(record.evidence.get("file"), str(relative), "its evidence is said to be another file")
-        path = self._inside(relative)
-        if not path.is_file():
-            raise Unverifiable(f"the evidence {self.results / relative} is missing")
-        limit = record.n * (4 * torch.Size(shape).numel() + 8) + _OVERHEAD
-        if path.stat().st_size > limit:
-            raise Refuted(f"{relative} has {path.stat().st_size} bytes; {record.n} images take {limit} at most")
-        content = path.read_bytes()
-        if not self._same(
-            hashlib.sha256(content).hexdigest(), record.evidence.get("sha256"), f"{relative} was altered"
-        ):
-            raise Refuted("so it is not looked into")
+        content = self.bundle.evidence(relative, record.n * (4 * torch.Size(shape).numel() + 8))
+        told, now = record.evidence.get("sha256"), hashlib.sha256(content).hexdigest()
+        if told != now:
+            raise Refuted(f"{relative} was altered: its checksum is {now[:16]}, not {str(told)[:16]}")
         try:
             points = StoredPoints.unpack(content, shape)
         except DamagedPoints as error:
@@ -257,33 +207,11 @@ class _Examination:
         if extra := tuple(sorted(set(points.ids) - right)):
             self.failures.append(Failure("a point is stored, but the image is not among those that were right", extra))
         if missing:
-            raise Refuted("outcomes without points cannot be recounted")
+            raise Refuted
         return points
 
 
-def _read(path: Path) -> Record:
-    if path.stat().st_size > RECORD_LIMIT:
-        raise Refuted(f"it has {path.stat().st_size} bytes; a record has {RECORD_LIMIT} at most")
-    try:
-        return Record.from_json(path.read_text(encoding="utf-8"), path)
-    except (OSError, UnicodeDecodeError) as error:
-        raise Refuted(f"it cannot be read ({error})") from error
-
-
-def record_paths(places: list[Path]) -> Iterator[Path]:
-    """Records by file, and all of a folder: those below it, or below its ``records``.
-
-    Raises:
-        UsageError: nothing there, or a folder without records.
-    """
-    for place in places:
-        if place.is_file():
-            yield place
-            continue
-        if not place.is_dir():
-            raise UsageError(f"{place} is not there; expected a record's file, or a folder of them")
-        inside = place / "records"
-        found = sorted((inside if inside.is_dir() else place).rglob("*.json"))
-        if not found:
-            raise UsageError(f"there are no records in {place}; expected *.json below it")
-        yield from found
+def _short(value: Any) -> str:
+    """A value in a message; of a hash its beginning."""
+    text = str(value)
+    return text[:16] if len(text) == 64 and "/" not in text else text

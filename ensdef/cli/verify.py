@@ -49,9 +49,10 @@ def verify(
 
     Exit status: 0 verified, 1 some record is not verified or not verifiable, 2 bad usage.
     """
+    from ensdef.bundle import record_paths
     from ensdef.evaluation import resolve_device
     from ensdef.registry import load_plugin
-    from ensdef.verification import Verifier, record_paths
+    from ensdef.verification import Verifier
 
     for where in plugin:
         load_plugin(where)
