@@ -89,6 +89,8 @@ def load_checkpoint(path: str | Path) -> EnsembleDefense:
         raise CheckpointError(f"{folder / SPEC} does not describe a model ({error!r}); train it again") from error
     fit(defense, read_weights(weights), weights)
     defense.training_key = description.get("key")
+    report = description.get("report")
+    defense.imported = report.get("imported") if isinstance(report, dict) else None
     return defense
 
 

@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 
 from ensdef.bounded import check_fields
 from ensdef.build import build_defense
-from ensdef.errors import CheckpointError
+from ensdef.errors import CheckpointError, UsageError
 from ensdef.registry import ARCHITECTURES, METHODS
 from ensdef.specs import ModelSpec
 

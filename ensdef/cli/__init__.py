@@ -50,6 +50,7 @@ def main() -> None:
     from ensdef.cli import (  # noqa: F401 - the modules add their commands
         compare,
         explain,
+        import_pth,
         inspect,
         measure,
         plot,
