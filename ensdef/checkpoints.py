@@ -16,9 +16,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
 
+from ensdef.bounded import DESCRIPTION, check_fields, read_json
 from ensdef.build import build_defense
 from ensdef.defense import EnsembleDefense
 from ensdef.errors import CheckpointError, UsageError
+from ensdef.network_size import check_buildable, refuse_other_shapes, shapes_in
 from ensdef.records import write_bytes
 from ensdef.specs import DataSpec, ModelSpec, Setting, TrainSpec
 
@@ -86,20 +88,27 @@ def load_checkpoint(path: str | Path) -> EnsembleDefense:
     try:
         known = {field.name for field in dataclasses.fields(ModelSpec)}
         fields = {name: value for name, value in description["model"].items() if name in known}
+        check_fields(ModelSpec, fields)
         for name in ("image_shape", "mean", "std"):
             fields[name] = tuple(fields[name])
         spec = ModelSpec(**fields)
-    except (KeyError, TypeError, AttributeError) as error:
+    except (KeyError, TypeError, AttributeError, UsageError) as error:
         raise CheckpointError(f"{folder / SPEC} does not describe a model ({error!r}); train it again") from error
+    refuse_pickle(weights)
     try:
+        check_buildable(spec, shapes_in(weights), weights)
         defense = build_defense(spec)
+    except CheckpointError:
+        raise
     except UsageError as error:
         raise CheckpointError(f"{folder / SPEC}: {error}") from error
-    except (TypeError, ValueError) as error:  # parameters of another version, values of another type
+    except (TypeError, ValueError, ArithmeticError) as error:  # parameters of another version, values of another type
         raise CheckpointError(f"{folder / SPEC} does not describe a model ({error!r}); train it again") from error
     fit(defense, read_weights(weights), weights)
     _verify(weights, description)
     defense.training_key = description.get("key")
+    report = description.get("report")
+    defense.imported = report.get("imported") if isinstance(report, dict) else None
     return defense
 
 
@@ -109,13 +118,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     Raises:
         CheckpointError: truncated, a pickle, or otherwise no safetensors file.
     """
-    with path.open("rb") as file:
-        head = file.read(8)
-    if head[:2] == b"\x80\x02" or head[:4] == b"PK\x03\x04":
-        raise CheckpointError(
-            f"{path} is a pickle (torch.save); loading one can run code, so it is refused. "
-            "Save the state dict with safetensors.torch.save_file instead"
-        )
+    refuse_pickle(path)
     try:
         return load_file(path)
     except (SafetensorError, OSError, ValueError) as error:
@@ -150,28 +153,32 @@ def _file_checksum(path: Path, *version: int) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def refuse_pickle(path: Path) -> None:
+    """Refuse what ``torch.save`` writes.
+
+    Raises:
+        CheckpointError: it is a pickle, or a zip archive of one.
+    """
+    with path.open("rb") as file:
+        head = file.read(9)
+    # a safetensors file begins with a length of eight bytes, which may look like anything, and a brace
+    if head[8:] != b"{" and (head[:1] == b"\x80" or head[:4] == b"PK\x03\x04"):
+        raise CheckpointError(
+            f"{path} is a pickle (torch.save); loading one can run code, so it is refused. "
+            "`ensdef import-pth` reads tensors out of other people's files and nothing else"
+        )
+
+
 def fit(defense: EnsembleDefense, weights: Mapping[str, Tensor], origin: Path) -> None:
     """Load ``weights`` into ``defense``; every name and shape must agree.
 
     Raises:
         CheckpointError: weights of another architecture, member count or number of classes.
     """
-    own = defense.state_dict()
-    missing = sorted(set(own) - set(weights))
-    extra = sorted(set(weights) - set(own))
-    shapes = [
-        f"{name} is {tuple(weights[name].shape)}, expected {tuple(own[name].shape)}"
-        for name in sorted(set(own) & set(weights))
-        if own[name].shape != weights[name].shape
-    ]
-    if missing or extra or shapes:
-        told = [
-            *(f"missing {name}" for name in missing[:2]),
-            *(f"unexpected {name}" for name in extra[:2]),
-            *shapes[:2],
-        ]
-        count = len(missing) + len(extra) + len(shapes)
-        raise CheckpointError(f"{origin} belongs to another architecture: {count} tensors differ ({'; '.join(told)})")
+    own, found = (
+        {name: tuple(tensor.shape) for name, tensor in tensors.items()} for tensors in (defense.state_dict(), weights)
+    )
+    refuse_other_shapes(own, found, origin)
     with torch.no_grad():
         defense.load_state_dict(dict(weights))
 
@@ -240,14 +247,12 @@ def _tells_of_a_break(description: Mapping[str, Any]) -> bool:
 
 
 def _description(folder: Path) -> dict[str, Any]:
+    if not (folder / SPEC).exists():
+        raise CheckpointError(f"{folder / SPEC} is missing; a checkpoint is a folder with {WEIGHTS} and {SPEC}")
     try:
-        content = json.loads((folder / SPEC).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise CheckpointError(
-            f"{folder / SPEC} is missing; a checkpoint is a folder with {WEIGHTS} and {SPEC}"
-        ) from None
-    except (ValueError, OSError) as error:
-        raise CheckpointError(f"{folder / SPEC} is no JSON ({error}); delete the folder and train again") from error
+        content = read_json(folder / SPEC, DESCRIPTION)
+    except UsageError as error:
+        raise CheckpointError(f"{error}; delete the folder and train again") from error
     if not isinstance(content, dict):
         raise CheckpointError(f"{folder / SPEC} is no checkpoint description; delete the folder and train again")
     if "sha256" in content and content["sha256"] != _checksum(content):

@@ -123,6 +123,8 @@ class EnsembleDefense(nn.Module, ABC):
     spec: Any = None
     #: Key of the training whose checkpoint it was loaded from.
     training_key: str | None = None
+    #: Of weights that were not trained here: the files they are from, as told by ``ensdef import-pth``.
+    imported: Mapping[str, Any] | None = None
 
     def __init__(self, members: Sequence[nn.Module], hyper: Any = None) -> None:
         super().__init__()

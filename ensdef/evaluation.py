@@ -115,7 +115,7 @@ def evaluate(
         ),
         dataset="custom",
         train_seed=None,
-        training={},
+        training=_training_of(model),
         n=len(x),
         **_model_fields(model),
         **attack_fields(spec),
@@ -288,6 +288,12 @@ def _model_fields(model: nn.Module) -> dict[str, Any]:
         }
     name = type(model).__name__
     return {"method": name, "hyper": {}, "label": name, "architecture": "custom", "members": 1}
+
+
+def _training_of(model: nn.Module) -> dict[str, Any]:
+    """What a record tells of a training that this project did not do, or does not know."""
+    imported = model.imported if isinstance(model, EnsembleDefense) else None
+    return {} if imported is None else {"imported": dict(imported)}
 
 
 def _flags(outcome: Outcome, n: int) -> list[dict[str, Any]]:

@@ -202,5 +202,3 @@ def _attack_model(
         findings,
         beside,
     )
-
-

@@ -298,7 +298,7 @@ def test_a_field_of_another_type_is_refused_by_name(field: str, value: Any) -> N
 
 @pytest.mark.parametrize("number", ["NaN", "Infinity", "-Infinity"])
 def test_a_record_with_a_number_that_is_none_is_refused(number: str) -> None:
-    with pytest.raises(UsageError, match="no record: .*number"):
+    with pytest.raises(UsageError, match=r"no record: .*number"):
         Record.from_json(edited(seconds=1.5).replace("1.5", number))
 
 

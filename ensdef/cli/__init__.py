@@ -87,6 +87,7 @@ def _run() -> None:
     from ensdef.cli import (  # noqa: F401 - the modules add their commands
         compare,
         explain,
+        import_pth,
         inspect,
         measure,
         plot,
