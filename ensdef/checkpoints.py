@@ -55,12 +55,12 @@ def _save_description(folder: Path, spec: TrainSpec, report: Mapping[str, Any], 
         "report": dict(report),
         "weights_sha256": hashlib.sha256(weights).hexdigest(),
     }
-    description["sha256"] = _checksum(description)
+    description["sha256"] = description_checksum(description)
     write_bytes(folder / SPEC, json.dumps(description, indent=1, sort_keys=True).encode())
 
 
-def _checksum(description: Mapping[str, Any]) -> str:
-    """Of a description as it is read back, without the checksum itself."""
+def description_checksum(description: Mapping[str, Any]) -> str:
+    """SHA-256 of a checkpoint's description as it is read back, without the checksum itself."""
     body = json.loads(json.dumps({name: value for name, value in description.items() if name != "sha256"}))
     # a history may hold NaN, which is no JSON for others
     return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
@@ -255,7 +255,7 @@ def _description(folder: Path) -> dict[str, Any]:
         raise CheckpointError(f"{error}; delete the folder and train again") from error
     if not isinstance(content, dict):
         raise CheckpointError(f"{folder / SPEC} is no checkpoint description; delete the folder and train again")
-    if "sha256" in content and content["sha256"] != _checksum(content):
+    if "sha256" in content and content["sha256"] != description_checksum(content):
         raise CheckpointError(
             f"{folder / SPEC} was edited since it was saved (its checksum does not fit); delete the folder and train "
             "again"

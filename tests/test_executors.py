@@ -82,7 +82,7 @@ def told(record: Any) -> dict[str, Any]:
     body["provenance"].pop("date")
     for name in ("seconds", "peak_memory_mb"):
         body["provenance"].get("training", {}).pop(name, None)
-    return {name: value for name, value in body.items() if name not in ("seconds", "checkpoint")}
+    return {name: value for name, value in body.items() if name not in ("seconds", "checkpoint", "sha256")}
 
 
 # --- the driver -----------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ from bundles import Honest
 from safetensors.torch import load, load_file, save, save_file
 from torch import Tensor
 
-from ensdef.checkpoints import WEIGHTS, load_checkpoint, training_spec
+from ensdef.checkpoints import SPEC, WEIGHTS, description_checksum, load_checkpoint, training_spec
 from ensdef.keys import canonical, checksum_of
 from ensdef.metrics import binomial_stderr, fraction_of
 from ensdef.record_cell import cell_of
@@ -92,15 +92,22 @@ class Forgery:
         weights = load_file(self.checkpoint / WEIGHTS)
         change(weights)
         save_file(weights, self.checkpoint / WEIGHTS)
+        self.seal_checkpoint()
         if repair:
             self.body["evidence"]["weights"] = weights_hash(load_checkpoint(self.checkpoint))
 
     def change_spec(self, change: Callable[[dict[str, Any]], None]) -> None:
         """Change what the checkpoint says of itself."""
-        path = self.checkpoint / "spec.json"
+        path = self.checkpoint / SPEC
         content = json.loads(path.read_text(encoding="utf-8"))
         change(content)
+        content["sha256"] = description_checksum(content)
         path.write_text(json.dumps(content), encoding="utf-8")
+
+    def seal_checkpoint(self) -> None:
+        """Have the checkpoint's description tell the checksum of the weights that lie beside it."""
+        checksum = hashlib.sha256((self.checkpoint / WEIGHTS).read_bytes()).hexdigest()
+        self.change_spec(lambda description: description.update(weights_sha256=checksum))
 
     def own_data(self) -> Path:
         """A copy of the image folder that may be changed."""

@@ -310,6 +310,7 @@ def _(forged: Forgery) -> None:
     stranger = json.loads(forged.stranger.read_text(encoding="utf-8"))
     other = forged.results / "checkpoints" / Path(stranger["checkpoint"]).name
     shutil.copy(other / WEIGHTS, forged.checkpoint / WEIGHTS)
+    forged.seal_checkpoint()
 
 
 @mutation("checkpoint of another seed", "does not follow from")
