@@ -18,12 +18,13 @@ from ensdef.checkpoints import (
     training_report,
 )
 from ensdef.errors import CheckpointError, DataError, TrainingDiverged, UsageError
-from ensdef.evaluation import blank_record, evaluate_cell
+from ensdef.evaluation import evaluate_cell
 from ensdef.evidence import EvidenceFolder, Keep
 from ensdef.health.catalogue import Tier
 from ensdef.loading import attacked_subset, reload_data
 from ensdef.progress import Progress
 from ensdef.provenance import provenance
+from ensdef.record_cell import blank_record
 from ensdef.records import Record
 from ensdef.specs import Cell, TrainSpec
 from ensdef.training import train

@@ -14,7 +14,6 @@ from ensdef.checkpoints import checkpoint_folder, load_checkpoint, training_repo
 from ensdef.claims import Claims
 from ensdef.defense import EnsembleDefense
 from ensdef.errors import CheckpointError, DataError
-from ensdef.evaluation import training_fields
 from ensdef.harness import exact_arithmetic
 from ensdef.jobs import Run, TrainJob, attempt, describe, is_trained
 from ensdef.loading import attacked_subset, reload_data
@@ -24,6 +23,7 @@ from ensdef.measurement import Measurement, Measurements, tidy
 from ensdef.progress import Progress
 from ensdef.provenance import provenance
 from ensdef.recombined import recombined
+from ensdef.record_cell import training_fields
 from ensdef.registry import MEASUREMENTS
 from ensdef.rehearsal import rehearse
 from ensdef.specs import TrainSpec

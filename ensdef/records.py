@@ -104,16 +104,17 @@ class Record:
             record = cls(**fields)
         except TypeError as error:
             raise UsageError(f"{where}incomplete record ({error}); {_AGAIN}") from error
-        if odd := [name for name, value in fields.items() if not fits(value, hints[name])]:
-            raise UsageError(f"{where}{odd[0]} is {str(fields[odd[0]])[:60]!r}, which it cannot be; {_AGAIN}")
+        if odd := [name for name in hints if name in fields and not fits(fields[name], hints[name])]:
+            told = f"{' and '.join(odd)} {'is' if len(odd) == 1 else 'are'} not of the form that a record has"
+            raise UsageError(f"{where}{told}; {_AGAIN}")
         record._check(where)
         try:
             intact = body.get(CHECKSUM) == checksum_of(body, CHECKSUM)
         except ValueError as error:
             raise UsageError(f"{where}holds a number that is none ({error}); {_AGAIN}") from error
         if not intact:
-            told = "its checksum does not fit" if CHECKSUM in body else f"it has no {CHECKSUM}"
-            raise UsageError(f"{where}was edited since it was written ({told}); {_AGAIN}")
+            told = "was edited since it was written (its checksum does not fit)"
+            raise UsageError(f"{where}{told if CHECKSUM in body else f'has no {CHECKSUM}, as older records'}; {_AGAIN}")
         return record
 
     def _check(self, where: str) -> None:

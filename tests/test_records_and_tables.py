@@ -264,7 +264,7 @@ def test_a_record_that_was_edited_where_the_outcomes_cannot_tell_is_refused(chan
 def test_a_record_without_a_checksum_is_refused() -> None:
     body = json.loads(record().to_json())
     del body[CHECKSUM]
-    with pytest.raises(UsageError, match="it has no sha256"):
+    with pytest.raises(UsageError, match="has no sha256, as older records; delete the file"):
         Record.from_json(json.dumps(body))
 
 
@@ -291,7 +291,7 @@ def test_a_record_written_before_there_was_evidence_can_be_read() -> None:
     ],
 )
 def test_a_field_of_another_type_is_refused_by_name(field: str, value: Any) -> None:
-    with pytest.raises(UsageError, match=f"{field} is .*, which it cannot be; delete the file"):
+    with pytest.raises(UsageError, match=f"{field} is not of the form that a record has; delete the file"):
         Record.from_json(edited_and_sealed(**{field: value}))
 
 
