@@ -23,9 +23,9 @@ from ensdef.journal import Journal
 from ensdef.notation import parse_call
 from ensdef.progress import Progress
 from ensdef.provenance import provenance
+from ensdef.record_cell import attack_fields, blank_record
 from ensdef.records import Record, with_outcomes
-from ensdef.registry import METHODS
-from ensdef.specs import Cell, TrainSpec, cell_key
+from ensdef.specs import Cell, cell_key
 from ensdef.weights import weights_hash
 
 
@@ -193,46 +193,6 @@ def evaluate_cell(
     return dataclasses.replace(found, flags=[*map(dict, trained_with), *found.flags], evidence=kept)
 
 
-def blank_record(cell: Cell, protocol: str | None, checkpoint: str | None = None, error: str | None = None) -> Record:
-    """What is known of a cell before it ran, or when it failed."""
-    spec = cell.training
-    return Record(
-        key=cell.key,
-        method=spec.method,
-        hyper=dict(spec.model.hyper),
-        label=spec.model.method_call,
-        dataset=spec.setting.data.name,
-        architecture=spec.model.architecture_call,
-        members=spec.model.members,
-        train_seed=spec.setting.seed,
-        training=training_fields(spec),
-        n=cell.samples,
-        checkpoint=checkpoint,
-        error=error,
-        provenance={
-            "protocol": protocol,
-            "attack_seed": cell.attack.seed,
-            "train_seed": spec.setting.seed,
-            "search": cell.attack.search,
-            "subset_checksum": cell.subset_checksum,
-        },
-        **attack_fields(cell.attack),
-    )
-
-
-def training_fields(spec: TrainSpec) -> dict[str, Any]:
-    """What a record tells of the training."""
-    return {
-        "key": spec.key,
-        "norm": spec.setting.norm if spec.attacked else None,
-        "eps": spec.setting.train_eps if spec.attacked else None,
-        "precision": spec.setting.precision,
-        "recipe": dataclasses.asdict(spec.recipe),
-        "deviations": list(METHODS.get(spec.method).deviations),
-        "limit": spec.setting.data.limit,
-    }
-
-
 def fill_in(record: Record, outcome: Outcome, ids: list[int]) -> Record:
     """The record with what the attack found."""
     counted = with_outcomes(record, ids, outcome.clean.int().tolist(), outcome.robust.int().tolist())
@@ -244,20 +204,6 @@ def fill_in(record: Record, outcome: Outcome, ids: list[int]) -> Record:
         broken_by=outcome.broken_by,
         flags=_flags(outcome, len(ids)),
     )
-
-
-def attack_fields(spec: AttackSpec) -> dict[str, Any]:
-    """The fields of a record that describe the attack."""
-    return {
-        "attack": spec.name,
-        "attack_params": dict(spec.params),
-        "attack_label": spec.call,
-        "success": spec.success,
-        "norm": spec.norm,
-        "eps": spec.written if spec.eps is not None else None,
-        "eps_value": spec.eps_value,
-        "combiner": spec.combiner,
-    }
 
 
 def resolve_device(device: str) -> str:

@@ -23,13 +23,14 @@ from ensdef.checkpoints import (
 )
 from ensdef.defense import EnsembleDefense
 from ensdef.errors import CheckpointError, DataError, StorageError, TrainingDiverged, UsageError
-from ensdef.evaluation import blank_record, evaluate_cell
+from ensdef.evaluation import evaluate_cell
 from ensdef.evidence import EvidenceFolder, Keep
 from ensdef.health.catalogue import Tier
 from ensdef.journal import Journal
 from ensdef.loading import attacked_subset, reload_data
 from ensdef.progress import Progress
 from ensdef.provenance import provenance
+from ensdef.record_cell import blank_record
 from ensdef.records import Record
 from ensdef.specs import Cell, TrainSpec
 from ensdef.training import train

@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from ensdef.checkpoints import checkpoint_folder, training_report
-from ensdef.evaluation import training_fields
 from ensdef.jobs import Run, is_trained
 from ensdef.measure import Measured
 from ensdef.measure_spec import MeasureSpec
 from ensdef.measurement import Measurement, Measurements, tidy
 from ensdef.provenance import provenance
+from ensdef.record_cell import training_fields
 
 
 def measurement_path(spec: MeasureSpec, run: Run) -> Path:

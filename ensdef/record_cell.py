@@ -1,16 +1,17 @@
-"""The cell that a record says it is of, resolved anew, and where the two disagree."""
+"""A record and its cell: what it says before the cell ran; the cell it says it is of; where the two disagree."""
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 from ensdef.attack_spec import AttackSpec
 from ensdef.errors import UsageError
-from ensdef.evaluation import blank_record
 from ensdef.keys import canonical
 from ensdef.notation import convert
 from ensdef.records import Record
+from ensdef.registry import METHODS
 from ensdef.specs import Cell, TrainSpec
 
 #: What a record repeats of its cell.
@@ -20,6 +21,60 @@ _FIELDS = (
 )
 #: What it repeats of it in ``provenance``.
 _PROVENANCE = ("attack_seed", "train_seed", "search", "subset_checksum")
+
+
+def blank_record(cell: Cell, protocol: str | None, checkpoint: str | None = None, error: str | None = None) -> Record:
+    """What is known of a cell before it ran, or when it failed."""
+    spec = cell.training
+    return Record(
+        key=cell.key,
+        method=spec.method,
+        hyper=dict(spec.model.hyper),
+        label=spec.model.method_call,
+        dataset=spec.setting.data.name,
+        architecture=spec.model.architecture_call,
+        members=spec.model.members,
+        train_seed=spec.setting.seed,
+        training=training_fields(spec),
+        n=cell.samples,
+        checkpoint=checkpoint,
+        error=error,
+        provenance={
+            "protocol": protocol,
+            "attack_seed": cell.attack.seed,
+            "train_seed": spec.setting.seed,
+            "search": cell.attack.search,
+            "subset_checksum": cell.subset_checksum,
+        },
+        **attack_fields(cell.attack),
+    )
+
+
+def training_fields(spec: TrainSpec) -> dict[str, Any]:
+    """What a record tells of the training."""
+    return {
+        "key": spec.key,
+        "norm": spec.setting.norm if spec.attacked else None,
+        "eps": spec.setting.train_eps if spec.attacked else None,
+        "precision": spec.setting.precision,
+        "recipe": dataclasses.asdict(spec.recipe),
+        "deviations": list(METHODS.get(spec.method).deviations),
+        "limit": spec.setting.data.limit,
+    }
+
+
+def attack_fields(spec: AttackSpec) -> dict[str, Any]:
+    """The fields of a record that describe the attack."""
+    return {
+        "attack": spec.name,
+        "attack_params": dict(spec.params),
+        "attack_label": spec.call,
+        "success": spec.success,
+        "norm": spec.norm,
+        "eps": spec.written if spec.eps is not None else None,
+        "eps_value": spec.eps_value,
+        "combiner": spec.combiner,
+    }
 
 
 def cell_of(record: Record, training: TrainSpec) -> Cell:

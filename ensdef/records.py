@@ -114,8 +114,8 @@ class Record:
         except ValueError as error:
             raise UsageError(f"{where}holds a number that is none ({error}); {_AGAIN}") from error
         if not intact:
-            told = "its checksum does not fit" if CHECKSUM in body else f"it has no {CHECKSUM}"
-            raise UsageError(f"{where}was edited since it was written ({told}); {_AGAIN}")
+            told = "was edited since it was written (its checksum does not fit)"
+            raise UsageError(f"{where}{told if CHECKSUM in body else f'has no {CHECKSUM}, as older records'}; {_AGAIN}")
         return record
 
     def _check(self, where: str) -> None:

@@ -83,6 +83,9 @@ class Verifier:
             examination.failures += [Failure(str(error))] if str(error) else []
         except UsageError as error:  # whatever it is of that cannot be read, it was read on the record's word
             examination.failures.append(Failure(str(error).removeprefix(f"{path}: ")))
+        except (ArithmeticError, AttributeError, LookupError, OSError, RuntimeError, TypeError, ValueError) as error:
+            # a hostile description may break a plug-in or torch anywhere; that must not save it, nor stop the others
+            examination.failures.append(Failure(f"it cannot be examined: {type(error).__name__}: {error}"))
         failures = tuple(examination.failures)
         if failures and (status == "verified" or len(failures) > 1):
             status = "not verified"

@@ -390,8 +390,8 @@ def test_results_equal_the_local_ones_but_for_times(cluster: Any, tmp_path: Path
         {str(path.relative_to(tmp_path / side)): path.read_bytes() for path in (tmp_path / side).rglob("*.safetensors")}
         for side in ("ray", "local")
     ]
-    assert files[0] == files[1], "weights and adversarial sets, byte for byte"
-    assert {Path(name).parts[0] for name in files[0]} == {"checkpoints", "adversarial_sets"}
+    assert files[0] == files[1], "weights, adversarial sets and evidence, byte for byte"
+    assert {Path(name).parts[0] for name in files[0]} == {"checkpoints", "adversarial_sets", "evidence"}
 
 
 @pytest.mark.slow

@@ -265,7 +265,7 @@ def test_a_record_that_was_edited_where_the_outcomes_cannot_tell_is_refused(chan
 def test_a_record_without_a_checksum_is_refused() -> None:
     body = json.loads(record().to_json())
     del body[CHECKSUM]
-    with pytest.raises(UsageError, match="it has no sha256"):
+    with pytest.raises(UsageError, match="has no sha256, as older records; delete the file"):
         Record.from_json(json.dumps(body))
 
 

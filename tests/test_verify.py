@@ -102,8 +102,47 @@ def test_what_forward_passes_cannot_tell_is_verified_and_the_command_says_so(
     result = checked(honest, forged.path)
     assert result.exit_code == 0, result.output
     told = " ".join(result.stdout.split())
-    for limit in ("that no attack does better", "the best the attack named could find", "times, passes and flags"):
+    for limit in (
+        "that no attack does better",
+        "the best the attack named could find",
+        "times, passes, flags and provenance",
+    ):
         assert limit in told.partition("What it cannot prove")[2]
+
+
+#: What hardly any field can be, and where it is tried.
+STRANGE = [None, -1, 10**30, "../../x", "1/0", "a\0b", [[]], {"a": 1}]
+RECORD = ("n", "attack", "attack_params", "checkpoint", "dataset", "eps", "key", "norm", "outcomes", "evidence.sha256")
+FURTHER = ("provenance.attack_seed", "provenance.search", "provenance.subset_checksum", "evidence.file", "training.key")
+DESCRIPTION = ("model.architecture", "model.image_shape", "model.mean", "model.method", "setting.data", "setting.norm")
+
+
+def put(body: dict[str, Any], path: str, value: Any) -> None:
+    *above, last = path.split(".")
+    for part in above:
+        body = body[part]
+    body[last] = value
+
+
+@pytest.mark.parametrize("path", [*RECORD, *FURTHER])
+def test_whatever_stands_in_a_record_is_no_traceback_and_not_verified(path: str, forged: Forgery) -> None:
+    text = json.dumps(forged.body)
+    forged.recounts, forged.tensors = False, {}
+    for value in STRANGE:
+        forged.body = json.loads(text)
+        put(forged.body, path, value)
+        forged.write()
+        assert Verifier(forged.results, str(forged.data_dir)).verify(forged.path).status != "verified", value
+
+
+@pytest.mark.parametrize("path", DESCRIPTION)
+def test_whatever_stands_in_a_description_is_no_traceback_and_not_verified(path: str, forged: Forgery) -> None:
+    text = (forged.checkpoint / "spec.json").read_text(encoding="utf-8")
+    for value in STRANGE:
+        content = json.loads(text)
+        put(content, path, value)
+        (forged.checkpoint / "spec.json").write_text(json.dumps(content), encoding="utf-8")
+        assert Verifier(forged.results, str(forged.data_dir)).verify(forged.path).status != "verified", value
 
 
 # --- the command ----------------------------------------------------------------------------------

@@ -93,7 +93,7 @@ def of_many_images(folder: Path, count: int) -> tuple[Path, Path]:
             Image.fromarray(pixels.astype(np.uint8)).save(place / f"{number:05d}.png")
     results = folder / "results"
     words = ("--dataset", "imagefolder", "--data-dir", folder / "photos", "--arch", "resnet8", "--method", "nat")
-    attack = ("--attack", "fgsm", "--eps", "4/255", "--samples", str(count), "--epochs", "3")
+    attack = ("--attack", "fgsm", "--eps", "20/255", "--samples", str(count), "--epochs", "3")
     bench(*words, *attack, "--members", "3", "--device", "cpu", "--health", "off", "--results", results)
     (record,) = results.glob("records/*/*/*.json")
     return record, folder / "photos"

@@ -79,7 +79,7 @@ def _(forged: Forgery) -> None:
     forged.seals = False
 
 
-@mutation("flags removed, checksum removed", "it has no sha256")
+@mutation("flags removed, checksum removed", "has no sha256")
 def _(forged: Forgery) -> None:
     forged.body["flags"] = []
     del forged.body["sha256"]

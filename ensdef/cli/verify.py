@@ -19,7 +19,7 @@ What this proves: on these weights and images every image counted as fooled is a
 inside box and ball, and every other as the record says at the point stored for it. So the true robust accuracy is at
 most the one told.
 What it cannot prove: that no attack does better, that the points are the best the attack named could find, how the
-weights were trained, and times, passes and flags. For those, run the cell again."""
+weights were trained, and times, passes, flags and provenance. For those, run the cell again."""
 
 
 @cli.command()
