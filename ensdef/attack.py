@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 #: Per-image memory of an attack: tensors with leading dimension B. ``"x_adv"`` in the state that ``start`` returns is
 #: where the run begins (default: the clean image); a bool ``"done"`` (B,) in what ``step`` returns ends runs early.
+#: It is all that a stopped search takes up: what an attack keeps on itself between steps begins anew.
 State = dict[str, Tensor]
 
 

@@ -99,6 +99,9 @@ class EnsembleDefense(nn.Module, ABC):
 
     Subclasses implement :meth:`loss`, and where they differ from a plain ensemble :meth:`predict` and the class
     attributes. Calling the module is calling ``predict``.
+
+    A training that was stopped goes on after its last kept epoch: what epochs leave to later ones must be a parameter,
+    a buffer, or a number, text or None in a public attribute. Anything else begins anew.
     """
 
     #: Frozen dataclass of hyper-parameters, readable from text (``adp[entropy_weight=1]``).

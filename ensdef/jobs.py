@@ -202,7 +202,7 @@ def _journal(job: Job, where: Path, progress: Progress, weights: dict[str, str],
         weights: content keys of those that it starts from, by role.
         more: what else a state depends on.
     """
-    if where != job.run.results:
+    if where.resolve() != job.run.results.resolve():
         return None
     work = {"key": job.key, "device": job.run.device, "weights": weights, **more}
     return Journal(Journal.path_of(where, job.key), work, progress.message)

@@ -119,7 +119,7 @@ class Journal:
             return None
         try:
             work, snapshot = unpacked(content)
-        except (ValueError, TypeError, KeyError, SafetensorError) as error:
+        except (ValueError, TypeError, KeyError, AttributeError, SafetensorError) as error:
             set_aside(self.path, f"damaged ({error})", self.tell)
             return None
         if work != self.work:
@@ -173,7 +173,7 @@ def unpacked(content: bytes) -> tuple[dict[str, Any], Snapshot]:
     """Whose state a journal's file holds, and the state.
 
     Raises:
-        ValueError, TypeError, KeyError, SafetensorError: it is damaged.
+        ValueError, TypeError, KeyError, AttributeError, SafetensorError: it is damaged.
     """
     checksum, _, rest = content.partition(b"\n")
     if hashlib.sha256(rest).hexdigest().encode() != checksum:

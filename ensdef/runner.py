@@ -240,9 +240,10 @@ class _Driver:
                 self.failures[job.key] = result.error
         elif result.record is not None:
             self.done[job.key] = self.store.write(result.record)
-            forget(self.run.results, job.key)
         else:
             self.done[job.key] = self._failed(job, result.error or "no record came back")
+        if result.error is None:
+            forget(self.run.results, job.key)
 
     def _failed(self, job: CellJob, error: str) -> Record:
         record = job.failed(error)

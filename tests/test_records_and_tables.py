@@ -398,6 +398,13 @@ def test_the_csv_gives_the_same_numbers_back(several: list[Record]) -> None:
         assert float(found["forwards"]) == one.forwards
 
 
+def test_runs_that_differ_in_time_alone_give_the_same_tables() -> None:
+    quick, slow = record(seconds=1.0), record(seconds=900.0)
+    for table in (csv, markdown):
+        assert table([quick], Path("results")) == table([slow], Path("results"))
+    assert latex([quick], Path("results"), "x") == latex([slow], Path("results"), "x")
+
+
 def test_texts_with_commas_quotes_and_lines_survive_the_csv() -> None:
     odd = 'adp[a="x",b=1]\nsecond'
     frame = pd.read_csv(io.StringIO(csv([record(label=odd)], Path("results"))))

@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 import pytest
 import torch
 from torch import Tensor, nn
+from toys_journal import Told
 from zoo import Mean, convolutional, images
 
 from ensdef.attack import IterativeAttack, State, WholeAttack
@@ -21,9 +22,14 @@ from ensdef.attack_spec import AttackSpec
 from ensdef.errors import DataError
 from ensdef.harness import Outcome, attack_model
 from ensdef.health.catalogue import Tier
+from ensdef.jobs import Run
 from ensdef.journal import Journal, Snapshot
+from ensdef.loading import attacked_subset, find_data
+from ensdef.records import Record
 from ensdef.registry import ATTACKS
 from ensdef.rng import KeyedRandom
+from ensdef.runner import ensure_trained, find_record, run_cells
+from ensdef.specs import Cell, Setting, TrainSpec
 from ensdef.target import Target
 from ensdef.testing import Stopped, StoppingJournal, stopped_and_resumed
 from ensdef.threat import Threat
@@ -209,6 +215,60 @@ def test_clean_images_are_judged_once(tmp_path: Path) -> None:
     journal = StoppingJournal(tmp_path / "cell")
     again = attack_model(Odd(), x, y, spec, batch_size=BATCH, health="off", journal=journal)
     assert torch.equal(again.clean, alone.clean)
+
+
+# --- in a results folder --------------------------------------------------------------------------
+
+
+def cell() -> Cell:
+    """Of a training of a second, attacked in three runs."""
+    data, spec = find_data("digits", limit=64)
+    recipe = {"epochs": 1, "batch_size": 32}
+    training = TrainSpec.create("nat", {}, Setting(spec, "small_resnet[width=4]", 2, "linf", "0.2", recipe=recipe))
+    test, _ = attacked_subset(data, 20)
+    attack = AttackSpec.create("pgd", {"steps": 4, "restarts": 3}, "linf", "0.02")
+    return Cell(training, attack, len(test), test.checksum())
+
+
+def told(record: Record) -> dict[str, Any]:
+    return {name: value for name, value in record.summary().items() if name not in ("seconds", "provenance")}
+
+
+@pytest.mark.parametrize("end", [KeyboardInterrupt, MemoryError])
+def test_a_command_that_ends_in_the_middle_of_a_cell_leaves_its_state_and_the_next_one_takes_it_up(
+    end: type[BaseException], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    one, run = cell(), Run(Path("results"))
+    ensure_trained(one.training, run)
+    keep = Journal.keep
+    monkeypatch.setattr(Journal, "due", True)
+
+    def keep_and_end(self: Journal, snapshot: Any) -> bool:
+        keep(self, snapshot)
+        if self.written == 5:
+            raise end("now")
+        return True
+
+    path = Journal.path_of(run.results, one.key)
+    with monkeypatch.context() as ending:
+        ending.setattr(Journal, "keep", keep_and_end)
+        if end is KeyboardInterrupt:
+            with pytest.raises(KeyboardInterrupt) as interrupted:
+                run_cells([one], run)
+            assert "0 of 1 cells are done" in interrupted.value.__notes__[0]
+        else:
+            (failed,) = run_cells([one], run)
+            assert failed.error == "MemoryError: now"
+    assert path.is_file()
+    assert find_record(one, run.results) is None, "what failed is not done"
+    progress = Told()
+    (again,) = run_cells([one], run, progress)
+    assert any(line.endswith("goes on where it was stopped") for line in progress.lines)
+    assert not path.exists(), "the record is there"
+    Path(str(again.path)).unlink()
+    (alone,) = run_cells([one], run)
+    assert told(again) == told(alone)
 
 
 # --- what a state may be --------------------------------------------------------------------------

@@ -29,6 +29,9 @@ from ensdef.rng import KeyedRandom
 from ensdef.target import Target
 from ensdef.threat import Threat
 
+#: Images of the batch with which a training's passes are counted when it is over: none of the training's own.
+COUNTED = 8
+
 
 def note(**event: Any) -> None:
     """Append an event; nothing where nobody asked for it."""
@@ -66,7 +69,8 @@ class Noting:
         self.epoch = epoch
 
     def loss(self, batch: Batch, progress: float) -> Terms | Iterator[Terms]:
-        note(epoch=self.epoch)
+        if len(batch.y) > COUNTED:
+            note(epoch=self.epoch)
         return super().loss(batch, progress)  # type: ignore[misc, no-any-return]
 
 
