@@ -276,6 +276,7 @@ def test_what_a_killed_driver_leaves_is_done_by_the_others_and_what_it_did_is_no
     plugin = tmp_path / "noting.py"
     plugin.write_text(NOTING)
     words = ["--plugin", os.fspath(plugin), "--method", "noting", "--attack", "fgsm,bim", "--seed", "0,1,2,3", *SMALL]
+    words += ["--isolate", "never"]  # so that what is killed is what was at work; see test_isolation for the other way
     command = [sys.executable, "-m", "ensdef", "bench", *words, "--results", os.fspath(tmp_path / "r"), "--json"]
     first = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     second = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
