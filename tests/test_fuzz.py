@@ -17,8 +17,6 @@ sys.path.insert(0, str(RELIABILITY))
 import fuzz  # noqa: E402
 from hostile import Input  # noqa: E402
 
-sys.path.remove(str(RELIABILITY))
-
 from ensdef.cli import cli  # noqa: E402
 
 

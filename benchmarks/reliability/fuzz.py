@@ -33,7 +33,10 @@ sys.path.insert(0, str(Path(__file__).parent))
 from hostile import READING, Input, bytes_changed, command_line, json_changed, protocol
 from victims import Victims, make_victims
 
-sys.path.pop(0)
+from ensdef.registry import ATTACKS
+
+# a script beside this one has the name of a package that others import
+sys.path[:] = [folder for folder in sys.path if folder != str(Path(__file__).parent)]
 
 Made = Callable[[Any, Victims], Input]
 
@@ -95,6 +98,8 @@ def fuzz(guarded: Path, count: int, number: int) -> tuple[Counter[str], list[str
         return one
 
     with cells_alone():
+        for name in ATTACKS.names():  # libraries that some wrap start programs when they are imported
+            ATTACKS.get(name)
         for arguments in READING:  # what libraries put into their own folders when they are first used is not ours
             Input(victims.folder, list(arguments)).run_in_place()
         shutil.rmtree(victims.results / "imported")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import dataclasses
 import json
 import os
 import traceback
@@ -20,6 +21,7 @@ import ensdef
 from ensdef.cli import cli, compare, explain, import_pth, inspect, measure, plot, plugins, report, run  # noqa: F401
 from ensdef.errors import UsageError
 from ensdef.keys import content_key
+from ensdef.registry import ATTACKS, METHODS, Registry
 
 Draw = Callable[[st.SearchStrategy[Any]], Any]
 
@@ -65,7 +67,16 @@ TEXTS = st.one_of(
                 "*",
                 "nat,nat",
             ),
-            *("javascript:alert(1)", "{{7*7}}", "%s%n", "$(touch x)", "`touch x`", "\u202e", "x" * 10_000),
+            *(
+                "$x^$ \\frac{ $",
+                "javascript:alert(1)",
+                "{{7*7}}",
+                "%s%n",
+                "$(touch x)",
+                "`touch x`",
+                "\u202e",
+                "x" * 10_000,
+            ),
         ]
     ),
     st.text(max_size=30),
@@ -78,6 +89,42 @@ VALUES = st.recursive(
     lambda inner: st.one_of(st.lists(inner, max_size=4), st.dictionaries(st.text(max_size=8), inner, max_size=4)),
     max_leaves=8,
 )
+
+
+#: What a number may be where one is expected.
+PLAIN = st.one_of(
+    st.integers(-2, 5), st.floats(0, 2), st.sampled_from(["eps/5", "8/255", "1e-300", "0", "2**3", "1_0"])
+)
+
+
+@st.composite
+def calls(draw: Draw, registry: Registry[Any], parameters: str) -> str:
+    """A plug-in by name, with some of its own parameters at values that it may or may not take."""
+    name = draw(st.sampled_from(registry.names()))
+    known = [one.name for one in dataclasses.fields(getattr(registry.get(name), parameters))]
+    chosen = draw(st.lists(st.sampled_from(known), max_size=2, unique=True)) if known else []
+    inside = ",".join(f"{one}={draw(st.one_of(PLAIN, PLAIN, TEXTS))}" for one in chosen)
+    return f"{name}[{inside}]" if inside else name
+
+
+METHOD_CALLS, ATTACK_CALLS = calls(METHODS, "Hyper"), calls(ATTACKS, "Params")
+
+
+def alike(value: Any) -> st.SearchStrategy[Any]:
+    """Values of the same type, so that what is refused is refused for what it says."""
+    if isinstance(value, bool):
+        return st.booleans()
+    if isinstance(value, int):
+        return st.one_of(st.integers(-5, 50), st.integers(-(2**62), 2**62))
+    if isinstance(value, float):
+        return st.one_of(st.floats(-1, 2), st.floats(allow_nan=False, allow_infinity=False))
+    if isinstance(value, str):
+        return TEXTS
+    if isinstance(value, list):
+        return st.one_of(st.permutations(value), st.just([]), st.just(value[:1] * 3), st.just(value + value))
+    if isinstance(value, dict):
+        return st.one_of(st.just({}), st.dictionaries(TEXTS, st.one_of(PLAIN, TEXTS), max_size=3))
+    return VALUES
 
 
 @dataclass
@@ -218,7 +265,9 @@ def command_line(draw: Draw, victims: Victims) -> Input:
         kind = draw(st.sampled_from(["option", "text", "cut", "double"]))
         place = draw(st.integers(1, len(arguments)))
         if kind == "option":
-            arguments += [draw(st.sampled_from(_options(arguments[0]))), draw(TEXTS)]
+            option = draw(st.sampled_from(_options(arguments[0])))
+            values = {"--method": METHOD_CALLS, "--attack": ATTACK_CALLS}.get(option, TEXTS)
+            arguments += [option, str(draw(st.one_of(values, PLAIN, TEXTS)))]
         elif kind == "text":
             arguments.insert(place, draw(TEXTS))
         elif kind == "cut" and place < len(arguments):
@@ -270,7 +319,7 @@ def protocol(draw: Draw, victims: Victims) -> Input:
 
     file, nonsense = victims.results / "fuzzed.toml", ""
     arguments = ["run", str(file), "--dry-run"]
-    kind = draw(st.sampled_from(["wrong", "value", "text", "cut"]))
+    kind = draw(st.sampled_from(["wrong", "value", "alike", "alike", "calls", "calls", "text", "cut"]))
     content = tomllib.loads(victims.protocol)
     if kind == "wrong":
         key, value = draw(st.sampled_from(WRONG))
@@ -280,6 +329,14 @@ def protocol(draw: Draw, victims: Victims) -> Input:
         text = toml(content)
     elif kind == "value":
         content[draw(st.sampled_from([*content, "data_dir", "arch", "scale", "image_size"]))] = draw(VALUES)
+        text = toml(content)
+    elif kind == "alike":
+        owner, name = draw(st.sampled_from(list(_places(content))))
+        _at(content, owner)[name] = draw(alike(_at(content, owner)[name]))
+        text = toml(content)
+    elif kind == "calls":
+        content["methods"] = draw(st.lists(METHOD_CALLS, min_size=1, max_size=2))
+        content["attacks"] = draw(st.lists(ATTACK_CALLS, min_size=1, max_size=2))
         text = toml(content)
     elif kind == "cut":
         text = victims.protocol[: draw(st.integers(0, len(victims.protocol)))]
@@ -292,18 +349,25 @@ def protocol(draw: Draw, victims: Victims) -> Input:
 def toml(content: dict[str, Any]) -> str:
     """TOML, as far as its notation goes; JSON's strings are TOML's."""
 
+    def text(one: Any) -> str:
+        return json.dumps(str(one), ensure_ascii=False)
+
     def value(one: Any) -> str:
         if isinstance(one, dict):
-            return "{" + ", ".join(f"{json.dumps(str(key))} = {value(item)}" for key, item in one.items()) + "}"
+            return (
+                "{"
+                + ", ".join(f"{json.dumps(str(key), ensure_ascii=False)} = {value(item)}" for key, item in one.items())
+                + "}"
+            )
         if isinstance(one, list | tuple):
             return "[" + ", ".join(map(value, one)) + "]"
         if isinstance(one, float):
             return repr(one)
         if isinstance(one, str):
-            return json.dumps(one)
+            return text(one)
         return json.dumps(one) if one is not None else '"none"'
 
-    return "\n".join(f"{json.dumps(str(key))} = {value(item)}" for key, item in content.items())
+    return "\n".join(f"{text(key)} = {value(item)}" for key, item in content.items())
 
 
 # files of the results folder
@@ -315,7 +379,7 @@ def json_changed(draw: Draw, victims: Victims, kind: str) -> Input:
     good = file.read_bytes()
     arguments = _reader(draw, victims, kind)
     body = json.loads(good)
-    how = draw(st.sampled_from(["value", "wrong", "cut", "bytes", "missing", "text"]))
+    how = draw(st.sampled_from(["value", "alike", "alike", "alike", "wrong", "cut", "bytes", "missing", "text"]))
     nonsense = ""
     if how == "cut":
         content, nonsense = good[: draw(st.integers(0, len(good) - 3))], "half a file"
@@ -331,13 +395,13 @@ def json_changed(draw: Draw, victims: Victims, kind: str) -> Input:
     else:
         owner, name = draw(st.sampled_from(list(_places(body))))
         changed = copy.deepcopy(body)
-        target = changed
-        for step in owner:
-            target = target[step]
+        target = _at(changed, owner)
         if how == "missing":
             del target[name]
         elif how == "value":
             target[name] = draw(VALUES)
+        elif how == "alike":
+            target[name] = draw(alike(target[name]))
         else:
             nonsense = _make_wrong(draw, changed, kind)
         if kind == "measurement" and "checksum" in changed and draw(st.booleans()):
@@ -359,6 +423,13 @@ def _reader(draw: Draw, victims: Victims, kind: str) -> list[str] | None:
         return draw(st.sampled_from([["table", "grid"], ["table", "--all"], ["plot", "robustness", "--table", "grid"]]))
     commands = [["table", "grid"], ["table", "board"], ["compare", "nat", "soe"], ["plot", "robustness"], ["report"]]
     return draw(st.sampled_from(commands))
+
+
+def _at(body: Any, owner: tuple[Any, ...]) -> Any:
+    """The table or list that is nested there."""
+    for step in owner:
+        body = body[step]
+    return body
 
 
 def _places(body: Any, owner: tuple[Any, ...] = ()) -> Iterator[tuple[tuple[Any, ...], Any]]:
