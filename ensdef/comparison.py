@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
@@ -158,7 +159,9 @@ def _trainings_test(
     means = [_training_means(side) for side in (first, second)]
     if min(map(len, means)) < 2 or all(len(set(side)) == 1 for side in means):
         return None
-    found = ttest_ind(*means)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # that the trainings of one side agree to the last digit
+        found = ttest_ind(*means)
     interval = found.confidence_interval(0.95)
     return TrainingsTest(
         fmean(means[0]) - fmean(means[1]), float(interval.low), float(interval.high), float(found.pvalue)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import os
 import pickletools
 import warnings
 import zipfile
@@ -35,7 +36,7 @@ def read_foreign(path: Path) -> dict[str, Tensor]:
     Raises:
         CheckpointError: no such file, too large, no file of ``torch.save``, or one that holds more than data.
     """
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise CheckpointError(f"no file {path}; expected what torch.save wrote (.pth, .pth.tar, .pt)")
     size = path.stat().st_size
     if size > LARGEST_FILE:

@@ -37,13 +37,15 @@ def latex_table(
     """A floating table that needs the package booktabs alone.
 
     Args:
-        rows: cells by column, as printed; at least one row.
+        rows: cells by column, as printed.
         name: of the label, ``tab:name``.
         notes: paragraphs below the table.
         bold: (row number, column) of cells in bold.
     """
     import pandas as pd
 
+    if not rows:
+        return "% no rows\n"
     columns = list(rows[0])
     heads = [escaped(column) for column in columns]
     frame = pd.DataFrame([[escaped(row[column]) for column in columns] for row in rows], columns=heads)

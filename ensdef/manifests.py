@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -82,9 +83,11 @@ class Manifests:
         """Title and records of a table.
 
         Raises:
-            UsageError: no such table, or a record is missing.
+            UsageError: no such table, one of no records, or a record is missing or damaged.
         """
         title, paths = self._listed(name, "records")
+        if not paths:
+            raise UsageError(f"table {name} has no records; run the protocol again")
         records = []
         for relative in paths:
             records.append(read_record(self._file(name, "record", relative)))
@@ -122,7 +125,7 @@ class Manifests:
             path = inside(self.results, relative)
         except UsageError as error:
             raise UsageError(f"table {name}: {what} {error}; run the protocol again") from error
-        if not path.is_file():
+        if not os.path.isfile(path):  # unlike Path.is_file false, not an error, for names that are too long
             raise UsageError(f"table {name}: {what} {relative} is missing; run the protocol again")
         return path
 

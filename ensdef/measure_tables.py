@@ -10,6 +10,11 @@ from ensdef.latex import latex_table
 from ensdef.markdown import escaped, markdown_table
 from ensdef.measurement import Measurement
 
+#: Columns of the CSV.
+COLUMNS = [
+    *("method", "dataset", "architecture", "members", "train_seed", "measure", "norm", "eps", "combiner", "n"),
+    *("quantity", "value", "stderr", "file"),
+]
 _KEY = "Values ± standard error where there is one, on n images; `ensdef list measurements` tells what they are."
 
 
@@ -48,7 +53,7 @@ def csv(measurements: Sequence[Measurement], results: Path) -> str:
                     "file": path.relative_to(results).as_posix() if path.is_relative_to(results) else path.as_posix(),
                 }
             )
-    frame = pd.DataFrame(rows).astype({"members": "Int64", "train_seed": "Int64", "n": "Int64"})
+    frame = pd.DataFrame(rows, columns=COLUMNS).astype({"members": "Int64", "train_seed": "Int64", "n": "Int64"})
     return str(frame.to_csv(index=False, lineterminator="\n"))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -71,7 +72,7 @@ def read_protocol_file(name: str) -> ProtocolFile:
     """
     if name.endswith(".toml"):
         path = Path(name)
-        if not path.is_file():
+        if not os.path.isfile(path):  # unlike Path.is_file false, not an error, for names that are too long
             raise UsageError(f"no protocol file {name}")
         stem, shown = path.stem, name
     else:

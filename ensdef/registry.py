@@ -15,6 +15,7 @@ import hashlib
 import importlib
 import importlib.util
 import inspect
+import os
 import re
 import sys
 from collections.abc import Callable, Iterator
@@ -234,8 +235,8 @@ def load_plugin(where: str) -> None:
         PluginError: missing, does not import, or registers a taken name.
     """
     path = Path(where)
-    if path.suffix == ".py" or path.is_file():
-        if not path.is_file():
+    if path.suffix == ".py" or os.path.isfile(path):
+        if not os.path.isfile(path):
             raise PluginError(f"--plugin {where}: no such file")
         digest = hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:8]
         module_name, there = f"ensdef_plugin_{path.resolve().stem}_{digest}", str(path.resolve())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -159,7 +160,7 @@ def _entry(
 def _read(path: str, results: Path, read: dict[str, Record | Measurement]) -> Record | Measurement:
     if path not in read:
         file = inside(results, path)
-        if not file.is_file():
+        if not os.path.isfile(file):
             raise UsageError(f"{path} is missing from {results}; run the protocol again")
         read[path] = read_measurement(file) if path.startswith("measurements/") else read_record(file)
     return read[path]

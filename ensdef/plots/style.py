@@ -45,6 +45,8 @@ _SETTINGS: dict[Any, Any] = {
     "svg.fonttype": "none",
     "svg.hashsalt": "ensdef",
     "savefig.dpi": 200,
+    # labels are texts from files: a dollar sign is one
+    "text.parse_math": False,
 }
 
 
