@@ -1,4 +1,4 @@
-.PHONY: install check test smoke tables replicate speed speed-full
+.PHONY: install check test smoke tables replicate reliability speed speed-full
 
 install:
 	pip install -e '.[test,lint]'
@@ -26,6 +26,11 @@ replicate:
 	    ensdef run $$table --scale $(SCALE) --results $(RESULTS) $(if $(DATA),--data-dir $(DATA)) \
 	    || failed="$$failed $$table"; done; \
 	test -z "$$failed" || { echo "failed:$$failed"; exit 1; }
+
+# benchmarks/reliability/README.md
+reliability:
+	for script in kill tamper coverage fuzz; do python benchmarks/reliability/$$script.py || exit 1; done
+	for locks in working off; do python benchmarks/reliability/processes.py --locks $$locks || exit 1; done
 
 # benchmarks/speed/README.md; DATA=folder of images (default: the digits), CHECKPOINT=folder of a trained defence
 SUBJECT = $(if $(DATA),--data-dir $(DATA)) $(if $(CHECKPOINT),--checkpoint $(CHECKPOINT))
