@@ -82,7 +82,6 @@ def test_killed_once_in_its_middle_and_once_at_its_tables_a_run_gives_the_same_b
 ) -> None:
     small = (RELIABILITY / "kill.toml").read_text().replace("epochs = 6", "epochs = 2").replace("150", "40")
     (tmp_path / "kill.toml").write_text(small)
-    monkeypatch.setattr(kill.Folder, "protocol", tmp_path / "kill.toml")
     monkeypatch.setattr(kill, "SHARE", 0.1)  # a second of work beside one write on a busy disk
-    assert kill.compare(tmp_path, 2, 1, random.Random(0)), capsys.readouterr().out
+    assert kill.compare(tmp_path, 2, 1, random.Random(0), tmp_path / "kill.toml"), capsys.readouterr().out
     assert "2 of 2 kills" in capsys.readouterr().out

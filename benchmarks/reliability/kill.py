@@ -36,6 +36,7 @@ from typing import Any
 from ensdef.journal import Snapshot, unpacked
 
 HERE = Path(__file__).parent
+PROTOCOL = HERE / "kill.toml"
 #: Most of the time that journals may take.
 SHARE = 0.01
 #: Tries at a kill before a process that is about to end has ended.
@@ -48,7 +49,7 @@ class Folder:
     """One results folder and the processes that were at work in it."""
 
     path: Path
-    protocol: Path = HERE / "kill.toml"
+    protocol: Path = PROTOCOL
     #: events of every process so far, and how long each worked, in seconds
     events: list[list[Event]] = field(default_factory=list)
     seconds: list[float] = field(default_factory=list)
@@ -210,9 +211,9 @@ def main() -> None:
         sys.exit(0 if compare(Path(name), kills, folders, random.Random(options.seed)) else 1)
 
 
-def compare(where: Path, kills: int, folders: int, rng: random.Random) -> bool:
+def compare(where: Path, kills: int, folders: int, rng: random.Random, protocol: Path = PROTOCOL) -> bool:
     """Run, kill, go on, print; whether all figures are reached."""
-    alone = Folder(where / "alone")
+    alone = Folder(where / "alone", protocol)
     alone.finish()
     expected, cells = alone.outcome(), len(alone.records())
     ids = next(iter(alone.records().values()))["outcomes"]["ids"]
@@ -222,7 +223,7 @@ def compare(where: Path, kills: int, folders: int, rng: random.Random) -> bool:
     phases: Counter[str] = Counter()
     all_folders = [alone]
     for number, gaps in enumerate(moments(kills - folders, folders, length, rng)):
-        folder = Folder(where / f"killed-{number}")
+        folder = Folder(where / f"killed-{number}", protocol)
         all_folders.append(folder)
         # the last kill of a folder hits the tables: what is done is done, so that it may be tried until it hits
         for gap in (*gaps, None):
