@@ -31,7 +31,9 @@ from hypothesis import strategies as st
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from hostile import READING, Input, bytes_changed, command_line, json_changed, protocol
+from hostile import Input
+from hostile_files import bytes_changed, json_changed
+from hostile_orders import READING, command_line, protocol
 from victims import Victims, make_victims
 
 # a script beside this one has the name of a package that others import
