@@ -25,6 +25,7 @@ from ensdef.metrics import binomial_stderr
 from ensdef.plots import KINDS, Choice, draw, save
 from ensdef.plots.examples import attacked_again
 from ensdef.plots.robustness import Line, lines
+from ensdef.plots.style import new_figure, styled
 from ensdef.records import Record, Store, with_outcomes
 
 
@@ -409,9 +410,27 @@ def test_a_moved_results_folder_still_shows_its_examples(benched: tuple[Path, Re
     results, made = benched
     (tmp_path / "moved").symlink_to(results)
     elsewhere = dataclasses.replace(made, checkpoint=f"gone/{Path(str(made.checkpoint)).name}")
-    assert attacked_again(elsewhere, tmp_path / "moved", [0]).unlike == 0
-    with pytest.raises(UsageError, match="is not there; run what made the record again"):
-        attacked_again(elsewhere, tmp_path, [0])
+    assert attacked_again(elsewhere, tmp_path, [0]).unlike == 0, "it lies beside the record"
+    alone = dataclasses.replace(elsewhere, path=str(tmp_path / "records" / "digits" / "nat" / "alone.json"))
+    assert attacked_again(alone, tmp_path / "moved", [0]).unlike == 0
+    with pytest.raises(UsageError, match=r"is not in .*checkpoints; run what made the record again"):
+        attacked_again(alone, tmp_path, [0])
+
+
+def test_a_record_cannot_name_a_checkpoint_anywhere_else(benched: tuple[Path, Record], tmp_path: Path) -> None:
+    results, made = benched
+    checkpoint = results / "checkpoints" / Path(str(made.checkpoint)).name
+    alone = dataclasses.replace(made, checkpoint=str(checkpoint.resolve()), path=str(tmp_path / "alone.json"))
+    with pytest.raises(UsageError, match="is not in "):
+        attacked_again(alone, tmp_path, [0])
+
+
+def test_a_label_with_dollar_signs_is_no_formula(tmp_path: Path) -> None:
+    with styled():
+        figure = new_figure()
+        figure.text(0.5, 0.5, "$x^$ \\frac{ $")
+        save(figure, tmp_path / "label.svg")
+    assert "$x^$" in (tmp_path / "label.svg").read_text()
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import hashlib
+import importlib
 import os
 import shutil
 import sys
@@ -30,10 +31,10 @@ from hypothesis import strategies as st
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from hostile import READING, Input, bytes_changed, command_line, json_changed, protocol
+from hostile import Input
+from hostile_files import bytes_changed, json_changed
+from hostile_orders import READING, command_line, protocol
 from victims import Victims, make_victims
-
-from ensdef.registry import ATTACKS
 
 # a script beside this one has the name of a package that others import
 sys.path[:] = [folder for folder in sys.path if folder != str(Path(__file__).parent)]
@@ -98,9 +99,11 @@ def fuzz(guarded: Path, count: int, number: int) -> tuple[Counter[str], list[str
         return one
 
     with cells_alone():
-        for name in ATTACKS.names():  # libraries that some wrap start programs when they are imported
-            ATTACKS.get(name)
-        for arguments in READING:  # what libraries put into their own folders when they are first used is not ours
+        # what libraries start, and put into their own folders, when they are first used is not ours
+        for library in ("foolbox", "torchattacks"):
+            with contextlib.suppress(ImportError):
+                importlib.import_module(library)
+        for arguments in READING:
             Input(victims.folder, list(arguments)).run_in_place()
         shutil.rmtree(victims.results / "imported")
         watch = Watch(guarded, victims.results)

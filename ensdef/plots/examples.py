@@ -72,7 +72,10 @@ def _of_kind(record: Record, which: str) -> list[int]:
 
 def _the_one(results: Path, choice: Choice) -> Record:
     if choice.record is not None:
-        return read_record(choice.record)
+        try:
+            return read_record(choice.record)
+        except UsageError as error:
+            raise UsageError(f"--record {error}") from error
     found = choice.records(results, KINDS["examples"].command)
     if len(found) > 1:
         shown = ", ".join(str(record.path) for record in found[:3])

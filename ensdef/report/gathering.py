@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ensdef.errors import UsageError
 from ensdef.manifests import Manifests
@@ -83,8 +82,6 @@ def gather(results: Path) -> Gathered:
 
 def _table(manifests: Manifests, name: str, kind: str) -> ResultsTable:
     title, records = manifests.read(name)
-    for record in records:
-        _refuse_damaged(record)
     table = ResultsTable(name, title, kind, tuple(records))
     _refuse_two_versions(table)
     return table
@@ -104,20 +101,6 @@ def _measurements(results: Path) -> tuple[Measurement, ...]:
     from ensdef.measurement import Measurements
 
     return tuple(Measurements(results).all("transferability"))
-
-
-def _refuse_damaged(record: Record) -> None:
-    """Refuse what no run writes, so that the page need not doubt every field."""
-    mappings = ("hyper", "training", "attack_params", "broken_by", "provenance")
-    wrong = [name for name in mappings if not isinstance(getattr(record, name), Mapping)]
-    flags: Any = record.flags
-    if not isinstance(flags, list) or not all(isinstance(flag, Mapping) and "flag" in flag for flag in flags):
-        wrong.append("flags")
-    if wrong:
-        raise UsageError(
-            f"{record.path}: {' and '.join(wrong)} are not of the form that a record has; "
-            "delete the file to have it computed again"
-        )
 
 
 def _refuse_two_versions(table: ResultsTable) -> None:
