@@ -242,7 +242,9 @@ ALLOWED = {
     "ensdef/foreign.py": {"torch.load"},  # other people's files, weights_only
     # between processes that this one started, in a folder that only it can read
     "ensdef/launch.py": {"pickle", "torch.load", "torch.load without weights_only"},
-    "ensdef/ray_executor.py": {"pickle"},  # between the driver and its workers
+    # between a command and its own workers
+    "ensdef/ray_executor.py": {"pickle"},
+    "ensdef/worker.py": {"pickle"},
 }
 
 
