@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import math
 import typing
 from collections.abc import Mapping
 from functools import lru_cache
@@ -19,7 +20,7 @@ from torch import Tensor
 from ensdef.bounded import DESCRIPTION, check_fields, read_json
 from ensdef.build import build_defense
 from ensdef.defense import EnsembleDefense
-from ensdef.errors import CheckpointError, UsageError
+from ensdef.errors import CheckpointError, ForeignCheckpoint, UsageError
 from ensdef.network_size import check_buildable, refuse_other_shapes, shapes_in
 from ensdef.records import write_bytes
 from ensdef.specs import DataSpec, ModelSpec, Setting, TrainSpec
@@ -52,17 +53,25 @@ def _save_description(folder: Path, spec: TrainSpec, report: Mapping[str, Any], 
     description = {
         "format": 1,
         **spec.describe(),
-        "report": dict(report),
+        "report": _finite(dict(report)),
         "weights_sha256": hashlib.sha256(weights).hexdigest(),
     }
     description["sha256"] = description_checksum(description)
     write_bytes(folder / SPEC, json.dumps(description, indent=1, sort_keys=True).encode())
 
 
+def _finite(value: Any) -> Any:
+    """JSON values with None in the place of what is no number of JSON, such as a loss that was never defined."""
+    if isinstance(value, Mapping):
+        return {name: _finite(part) for name, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def description_checksum(description: Mapping[str, Any]) -> str:
     """SHA-256 of a checkpoint's description as it is read back, without the checksum itself."""
     body = json.loads(json.dumps({name: value for name, value in description.items() if name != "sha256"}))
-    # a history may hold NaN, which is no JSON for others
     return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
 
 
@@ -157,13 +166,13 @@ def refuse_pickle(path: Path) -> None:
     """Refuse what ``torch.save`` writes.
 
     Raises:
-        CheckpointError: it is a pickle, or a zip archive of one.
+        ForeignCheckpoint: it is a pickle, or a zip archive of one.
     """
     with path.open("rb") as file:
         head = file.read(9)
     # a safetensors file begins with a length of eight bytes, which may look like anything, and a brace
     if head[8:] != b"{" and (head[:1] == b"\x80" or head[:4] == b"PK\x03\x04"):
-        raise CheckpointError(
+        raise ForeignCheckpoint(
             f"{path} is a pickle (torch.save); loading one can run code, so it is refused. "
             "`ensdef import-pth` reads tensors out of other people's files and nothing else"
         )

@@ -22,6 +22,10 @@ class CheckpointError(UsageError):
     """A checkpoint cannot be read, or does not belong to what was asked for (exit 2)."""
 
 
+class ForeignCheckpoint(CheckpointError):
+    """Weights that are whole, but of another network, or a pickle: who put them there has to decide (exit 2)."""
+
+
 class StorageError(OSError):
     """The results folder could not be written: it is full, read-only or out of reach (exit 1)."""
 

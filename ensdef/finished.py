@@ -16,7 +16,7 @@ from ensdef.checkpoints import (
     is_complete,
     load_checkpoint,
 )
-from ensdef.errors import CheckpointError, UsageError
+from ensdef.errors import CheckpointError, ForeignCheckpoint, UsageError
 from ensdef.health.catalogue import TIERS, Tier
 from ensdef.records import Record, Store
 from ensdef.set_aside import set_aside, whole
@@ -63,6 +63,9 @@ def is_whole(spec: TrainSpec, results: Path, tell: Callable[[str], None] | None 
     """Whether a training's finished checkpoint is there and as it was written; ``tell`` as above.
 
     It is loaded to find out, once a process for as long as its files are the same.
+
+    Raises:
+        ForeignCheckpoint: weights of another network, or a pickle; nobody but who put them there can tell why.
     """
     folder = checkpoint_folder(results, spec)
     if not has_both_files(folder):
@@ -74,6 +77,8 @@ def is_whole(spec: TrainSpec, results: Path, tell: Callable[[str], None] | None 
                 raise CheckpointError(f"{folder / SPEC} describes another training, or one that broke")
             load_checkpoint(folder)
             _SOUND.add(seen)
+    except ForeignCheckpoint:
+        raise
     except (CheckpointError, OSError) as error:
         if tell is not None and has_both_files(folder):
             set_aside(folder, str(error), tell)

@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 
 from ensdef.bounded import check_fields
 from ensdef.build import build_defense
-from ensdef.errors import CheckpointError, UsageError
+from ensdef.errors import CheckpointError, ForeignCheckpoint, UsageError
 from ensdef.registry import ARCHITECTURES, METHODS
 from ensdef.specs import ModelSpec
 
@@ -73,7 +73,7 @@ def refuse_other_shapes(own: Shapes, found: Shapes, origin: Path) -> None:
     """Every name and shape must agree.
 
     Raises:
-        CheckpointError: weights of another architecture, member count or number of classes.
+        ForeignCheckpoint: weights of another architecture, member count or number of classes.
     """
     missing = sorted(set(own) - set(found))
     extra = sorted(set(found) - set(own))
@@ -89,7 +89,10 @@ def refuse_other_shapes(own: Shapes, found: Shapes, origin: Path) -> None:
             *shapes[:2],
         ]
         count = len(missing) + len(extra) + len(shapes)
-        raise CheckpointError(f"{origin} belongs to another architecture: {count} tensors differ ({'; '.join(told)})")
+        raise ForeignCheckpoint(
+            f"{origin} belongs to another architecture: {count} tensors differ ({'; '.join(told)}); put the weights "
+            "back that belong there, or delete the folder to have them trained again"
+        )
 
 
 def _numbers(content: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, int]]:

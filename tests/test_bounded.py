@@ -243,6 +243,7 @@ ALLOWED = {
     # between processes that this one started, in a folder that only it can read
     "ensdef/launch.py": {"pickle", "torch.load", "torch.load without weights_only"},
     # between a command and its own workers
+    "ensdef/executor.py": {"pickle"},
     "ensdef/ray_executor.py": {"pickle"},
     "ensdef/worker.py": {"pickle"},
 }

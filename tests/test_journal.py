@@ -16,7 +16,6 @@ from toys_journal import always
 import ensdef.journal
 from ensdef.journal import Journal, Snapshot, unpacked
 from ensdef.records import Store, write_bytes
-from ensdef.set_aside import set_aside
 
 
 @pytest.fixture(autouse=True)
@@ -108,7 +107,7 @@ def not_believed(folder: Path, reason: str, **work: Any) -> None:
     content = path.read_bytes()
     assert always(folder, told.append, **work).read() is None
     assert len(told) == 1
-    assert "is set aside as work.journal.damaged-1" in told[0]
+    assert "work.journal is work.journal.damaged-1 now" in told[0]
     assert reason in told[0]
     assert not path.exists()
     assert (folder / "work.journal.damaged-1").read_bytes() == content, "whoever wants to look can"
@@ -155,16 +154,6 @@ def test_a_state_of_another_version_is_not_believed(what: str, tmp_path: Path, m
     else:
         monkeypatch.setattr(torch, "__version__", "1.0")
     not_believed(tmp_path, f"(other {what})")
-
-
-def test_files_that_are_set_aside_are_numbered(tmp_path: Path) -> None:
-    path, told = tmp_path / "a.json", []
-    for number in (1, 2, 3):
-        path.write_text(str(number))
-        set_aside(path, "odd", told.append)
-    assert [file.read_text() for file in sorted(tmp_path.iterdir())] == ["1", "2", "3"]
-    set_aside(path, "odd", told.append)  # another process was faster
-    assert len(told) == 3
 
 
 # --- what it costs --------------------------------------------------------------------------------

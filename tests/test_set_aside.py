@@ -221,9 +221,12 @@ DAMAGES: dict[str, Callable[[Path], Any]] = {
     "half the weights": cut,
     "no weights in the file": lambda folder: (folder / WEIGHTS).write_bytes(b""),
     "other weights": edit_weights,
-    "a pickle": lambda folder: (folder / WEIGHTS).write_bytes(pickle.dumps(Trap(folder / "sprung"))),
     "an edited description": edit_description,
     "half a description": lambda folder: (folder / SPEC).write_text((folder / SPEC).read_text()[:200]),
+}
+#: Whole files that somebody put there.
+FOREIGN: dict[str, Callable[[Path], Any]] = {
+    "a pickle": lambda folder: (folder / WEIGHTS).write_bytes(pickle.dumps(Trap(folder / "sprung"))),
     "another architecture": other_architecture,
 }
 
@@ -244,7 +247,18 @@ def test_a_damaged_checkpoint_is_set_aside_and_trained_again(damage: Callable[[P
     assert not list(results.rglob("sprung"))
 
 
-@pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
+@pytest.mark.parametrize("put", FOREIGN.values(), ids=FOREIGN)
+def test_weights_that_somebody_put_there_are_refused_and_stay(put: Callable[[Path], Any], results: Path) -> None:
+    folder = checkpoint_folder(results, cell().training)
+    put(folder)
+    content = (folder / WEIGHTS).read_bytes()
+    with pytest.raises(CheckpointError, match=r"belongs to another architecture|is a pickle"):
+        again(results, cell(attack="pgd"))
+    assert (folder / WEIGHTS).read_bytes() == content
+    assert not list(results.rglob("sprung"))
+
+
+@pytest.mark.parametrize("damage", [*DAMAGES.values(), *FOREIGN.values()], ids=[*DAMAGES, *FOREIGN])
 def test_a_damaged_checkpoint_is_never_loaded(damage: Callable[[Path], Any], results: Path) -> None:
     folder = checkpoint_folder(results, cell().training)
     damage(folder)

@@ -141,7 +141,9 @@ class Folder:
         files = [*self.results.glob("tables/*"), *self.results.glob("checkpoints/*/*.safetensors")]
         told: dict[str, Any] = {str(path.relative_to(self.results)): path.read_bytes() for path in files}
         for key, record in self.records().items():
-            told[key] = {name: value for name, value in record.items() if name not in ("seconds", "provenance")}
+            told[key] = {
+                name: value for name, value in record.items() if name not in ("seconds", "provenance", "sha256")
+            }
         return told
 
 
