@@ -19,6 +19,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from ensdef.attack_spec import AttackSpec
+from ensdef.bounded import DESCRIPTION, read_json
 from ensdef.checkpoints import read_weights
 from ensdef.claims import one_at_a_time
 from ensdef.errors import DataError
@@ -74,7 +75,12 @@ class AdversarialSets:
             return None
 
         def read() -> Tensor:
-            return read_weights(self._checked(manifest, weights))["x_adv"]
+            tensors = read_weights(self._checked(manifest, weights))
+            if "x_adv" not in tensors:
+                raise DataError(
+                    f"{manifest}: its file has no images; delete {manifest.name} to have the set crafted again"
+                )
+            return tensors["x_adv"]
 
         return read() if self.tell is None else whole(read, manifest, tell)
 
@@ -82,7 +88,7 @@ class AdversarialSets:
         """The images' file that a manifest speaks of."""
         remedy = f"delete {manifest.name} to have the set crafted again"
         try:
-            told = json.loads(manifest.read_text(encoding="utf-8"))
+            told = read_json(manifest, DESCRIPTION)
             surrogate, checksum = told["weights"], bytes.fromhex(told["sha256"]).hex()
         except (ValueError, KeyError, TypeError, OSError) as error:
             raise DataError(f"{manifest} is no manifest of adversarial images ({error!r}); {remedy}") from error

@@ -6,11 +6,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePath
 
+from ensdef.bounded import inside
+from ensdef.checkpoints import SPEC, WEIGHTS
 from ensdef.errors import UsageError
 from ensdef.records import Record
 
-#: Bytes of a record beyond which it is not read.
-RECORD_LIMIT = 64 << 20
 #: What a file of evidence may have beside its values.
 _OVERHEAD = 1 << 16
 
@@ -38,9 +38,9 @@ class Bundle:
     def of(cls, path: Path, results: Path | None) -> Bundle:
         """That of the record at ``path``, which may lie elsewhere if ``results`` is given."""
         above = path.resolve().parents
-        inside = len(above) > 3 and above[2].name == "records"
-        results = results or (above[3] if inside else Path("results"))
-        if inside and above[3] == results.resolve():
+        among_records = len(above) > 3 and above[2].name == "records"
+        results = results or (above[3] if among_records else Path("results"))
+        if among_records and above[3] == results.resolve():
             return cls(results, (above[1].name, above[0].name))
         return cls(results)
 
@@ -54,7 +54,8 @@ class Bundle:
         if record.checkpoint is None:
             raise Unverifiable("it is of a model in memory; only records with a checkpoint can be verified")
         relative = PurePath("checkpoints", PurePath(record.checkpoint).name)
-        self._inside(relative)
+        for name in (relative, relative / SPEC, relative / WEIGHTS):
+            self._inside(name)
         if not (self.results / relative).is_dir():
             raise Unverifiable(
                 f"the checkpoint {self.results / relative} is not there; name its folder with --checkpoint, or the "
@@ -80,25 +81,10 @@ class Bundle:
 
     def _inside(self, relative: PurePath) -> Path:
         """A path of the results folder, which links do not lead out of."""
-        path = (self.results / relative).resolve()
-        if not path.is_relative_to(self.results.resolve()):
-            raise Refuted(f"{relative} leads out of the results folder")
-        return path
-
-
-def read_record(path: Path) -> Record:
-    """A record's file.
-
-    Raises:
-        Refuted: it cannot be read, or is too large to be one.
-        UsageError: it is no record, contradicts itself, or was edited.
-    """
-    if path.stat().st_size > RECORD_LIMIT:
-        raise Refuted(f"it has {path.stat().st_size} bytes; a record has {RECORD_LIMIT} at most")
-    try:
-        return Record.from_json(path.read_text(encoding="utf-8"), path)
-    except (OSError, UnicodeDecodeError) as error:
-        raise Refuted(f"it cannot be read ({error})") from error
+        try:
+            return inside(self.results, str(relative))
+        except UsageError as error:
+            raise Refuted(f"{relative} leads out of the results folder") from error
 
 
 def record_paths(places: list[Path]) -> Iterator[Path]:
@@ -113,8 +99,8 @@ def record_paths(places: list[Path]) -> Iterator[Path]:
             continue
         if not place.is_dir():
             raise UsageError(f"{place} is not there; expected a record's file, or a folder of them")
-        inside = place / "records"
-        found = sorted((inside if inside.is_dir() else place).rglob("*.json"))
+        below = place / "records"
+        found = sorted((below if below.is_dir() else place).rglob("*.json"))
         if not found:
             raise UsageError(f"there are no records in {place}; expected *.json below it")
         yield from found

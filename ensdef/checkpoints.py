@@ -252,7 +252,8 @@ def is_complete(folder: Path, spec: TrainSpec) -> bool:
 
 
 def _tells_of_a_break(description: Mapping[str, Any]) -> bool:
-    return "broken" in (description.get("report") or {})
+    report = description.get("report")
+    return isinstance(report, Mapping) and "broken" in report
 
 
 def _description(folder: Path) -> dict[str, Any]:

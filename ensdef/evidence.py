@@ -1,8 +1,8 @@
 """What a record rests on, kept beside it: one adversarial point an image, and hashes of all that belongs to it.
 
-``evidence/<data set>/<method>/<attack>-<key>.safetensors`` holds, for every image that was right, the point the attack
-offered last, as small as its verdict allows (:mod:`ensdef.points`). After rounding every verdict is passed again, by a
-fresh pass of the true model at another batch size. ``ensdef verify`` recounts the record from it.
+``evidence/<data set>/<method>/<attack>-<key>-<checksum>.safetensors`` holds, for every image that was right, the point
+the attack offered last, as small as its verdict allows (:mod:`ensdef.points`). After rounding every verdict is passed
+again, by a fresh pass of the true model at another batch size. ``ensdef verify`` recounts the record from it.
 """
 
 from __future__ import annotations
@@ -35,9 +35,13 @@ LIMIT = 1000
 _FOLDER = "evidence"
 
 
-def evidence_path(record: Record) -> PurePosixPath:
-    """Where the evidence of a record lies in its results folder."""
-    return PurePosixPath(_FOLDER, record.dataset, record.method, f"{record.attack}-{record.key[:16]}.safetensors")
+def evidence_path(record: Record, checksum: str) -> PurePosixPath:
+    """Where the evidence of a record lies in its results folder.
+
+    The name has its checksum: of two processes that come to one cell neither can take the other's evidence away.
+    """
+    name = f"{record.attack}-{record.key[:16]}-{checksum[:16]}.safetensors"
+    return PurePosixPath(_FOLDER, record.dataset, record.method, name)
 
 
 def images_hash(x: Tensor) -> str:
@@ -107,11 +111,12 @@ class EvidenceFolder:
                 "answers that are drawn at random have no evidence"
             )
         content = packed_points(ids, steps, points, exact, record.key)
-        path = evidence_path(record)
+        checksum = hashlib.sha256(content).hexdigest()
+        path = evidence_path(record, checksum)
         write_bytes(self.results / path, content)
         return {
             "file": str(path),
-            "sha256": hashlib.sha256(content).hexdigest(),
+            "sha256": checksum,
             "inputs": images_hash(x),
             "labels": labels_hash(y),
             "weights": weights_hash(model),

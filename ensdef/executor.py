@@ -165,10 +165,12 @@ class IsolatedExecutor:
 
     def _kill(self) -> None:
         """End the process and what it started."""
-        if self._pipe is not None:
+        process, self._process = self._process, None
+        if process is not None and process.pid is not None:  # a signal may come before it was started
             with contextlib.suppress(ProcessLookupError, PermissionError):  # gone; not yet a group of its own
-                os.killpg(self._process.pid, signal.SIGKILL)
-            self._process.kill()
-            self._process.join()
+                os.killpg(process.pid, signal.SIGKILL)
+            process.kill()
+            process.join()
+        if self._pipe is not None:
             self._pipe.close()
             self._pipe = None

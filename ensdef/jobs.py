@@ -111,6 +111,8 @@ class TrainJob:
                 progress=progress,
             )
         except TrainingDiverged as error:
+            if is_complete(folder, spec):  # this process stood still, and another did it meanwhile
+                return
             save_last_good(folder, error.last_good, spec, str(error))
             forget(where, spec.key)
             kept = checkpoint_folder(run.results, spec) / LAST_GOOD

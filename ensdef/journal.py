@@ -113,13 +113,13 @@ class Journal:
 
     def read(self) -> Snapshot | None:
         """The state that was kept; None: there is none, or what is there is damaged or of other work, and set aside."""
-        try:
-            content = self.path.read_bytes()
-        except FileNotFoundError:
+        if not self.path.exists():
             return None
         try:
-            work, snapshot = unpacked(content)
-        except (ValueError, TypeError, KeyError, AttributeError, SafetensorError) as error:
+            if not self.path.is_file():  # a named pipe would be waited for
+                raise ValueError("no regular file")
+            work, snapshot = unpacked(self.path.read_bytes())
+        except (ValueError, TypeError, KeyError, AttributeError, RuntimeError, SafetensorError) as error:
             set_aside(self.path, f"damaged ({error})", self.tell)
             return None
         if work != self.work:

@@ -13,7 +13,7 @@ import torch
 from ensdef.checkpoints import checkpoint_folder, load_checkpoint, training_report
 from ensdef.claims import Claims
 from ensdef.defense import EnsembleDefense
-from ensdef.errors import CheckpointError, DataError, StorageError
+from ensdef.errors import CheckpointError, DataError, ForeignCheckpoint, StorageError
 from ensdef.finished import is_whole
 from ensdef.harness import exact_arithmetic
 from ensdef.jobs import Run, TrainJob, attempt, describe, is_trained
@@ -125,14 +125,16 @@ class _Work:
                 return None
             try:
                 return self._find(spec, self.progress.message) or self._measure(spec)
-            except CheckpointError as error:  # set aside by another command since it was looked at, or damaged
-                self.upset[spec.key] += 1
-                if self.upset[spec.key] > RETRIES:
-                    raise
-                self.progress.message(f"begun again: {spec.label}: {error}")
-                return None
             finally:
                 self.claims.release(spec.key)
+        except ForeignCheckpoint:
+            raise
+        except CheckpointError as error:  # set aside by another command since it was looked at, or damaged
+            self.upset[spec.key] += 1
+            if self.upset[spec.key] > RETRIES:
+                raise
+            self.progress.message(f"begun again: {spec.label}: {error}")
+            return None
         except _Failed as error:
             return self._failed(spec, str(error))
 
@@ -174,6 +176,8 @@ class _Work:
             raise
         except Exception as error:
             return self._failed(spec, describe(error))
+        if not self.claims.holds(spec.key) and (theirs := self._find(spec)) is not None:
+            return theirs  # this process stood still, and another did it meanwhile
         made = filled(blank_measurement(spec, self.run), measured, spec.samples)
         seconds = round(time.monotonic() - began, 3)
         return Measurements(self.run.results).write(

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
-from ensdef.bundle import Bundle, Refuted, Unverifiable, read_record
+from ensdef.bundle import Bundle, Refuted, Unverifiable
 from ensdef.checkpoints import load_checkpoint, training_spec
 from ensdef.data import Data, Split
 from ensdef.defense import EnsembleDefense
@@ -24,6 +25,7 @@ from ensdef.keys import canonical
 from ensdef.loading import attacked_subset, find_data
 from ensdef.points import DamagedPoints, StoredPoints
 from ensdef.record_cell import cell_of, disagreements
+from ensdef.records import read_record
 from ensdef.recount import Counts, Failure, Recount
 from ensdef.specs import Cell, DataSpec, TrainSpec
 from ensdef.weights import weights_hash
@@ -193,12 +195,14 @@ class _Examination:
         return data
 
     def _points(self, shape: tuple[int, ...]) -> StoredPoints:
-        record, relative = self.record, evidence_path(self.record)
+        record, told = self.record, self.record.evidence.get("sha256")
+        if not isinstance(told, str) or not re.fullmatch("[0-9a-f]{64}", told):
+            raise Refuted(f"the checksum of its evidence is {str(told)[:80]!r}")
+        relative = evidence_path(record, told)
         self._same(record.evidence.get("file"), str(relative), "its evidence is said to be another file")
         content = self.bundle.evidence(relative, record.n * (4 * torch.Size(shape).numel() + 8))
-        told, now = record.evidence.get("sha256"), hashlib.sha256(content).hexdigest()
-        if told != now:
-            raise Refuted(f"{relative} was altered: its checksum is {now[:16]}, not {str(told)[:16]}")
+        if told != (now := hashlib.sha256(content).hexdigest()):
+            raise Refuted(f"{relative} was altered: its checksum is {now[:16]}, not {told[:16]}")
         try:
             points = StoredPoints.unpack(content, shape)
         except DamagedPoints as error:

@@ -58,8 +58,11 @@ class Forgery:
     def replace_evidence(self, content: bytes) -> None:
         """Other bytes in the place of the evidence, with their checksum in the record."""
         self.tensors = {}
+        checksum = hashlib.sha256(content).hexdigest()
+        self.evidence.unlink()
+        self.evidence = self.path_of_evidence(self.body["key"], checksum)
         self.evidence.write_bytes(content)
-        self.body["evidence"]["sha256"] = hashlib.sha256(content).hexdigest()
+        self.body["evidence"] |= {"sha256": checksum, "file": str(self.evidence.relative_to(self.results))}
 
     def _recount(self) -> None:
         outcomes, n = self.body["outcomes"], len(self.body["outcomes"]["ids"])
@@ -76,12 +79,12 @@ class Forgery:
         """Call the record, its file and its evidence by another key."""
         self.path.unlink()
         self.path = self.path.with_name(f"{self.body['attack']}-{key[:16]}.json")
-        self.evidence = self.evidence.rename(self.path_of_evidence(key))
+        self.evidence = self.evidence.rename(self.path_of_evidence(key, self.body["evidence"]["sha256"]))
         self.body["key"] = self.told["key"] = key
         self.body["evidence"]["file"] = str(self.evidence.relative_to(self.results))
 
-    def path_of_evidence(self, key: str) -> Path:
-        return self.evidence.with_name(f"{self.body['attack']}-{key[:16]}.safetensors")
+    def path_of_evidence(self, key: str, checksum: str) -> Path:
+        return self.evidence.with_name(f"{self.body['attack']}-{key[:16]}-{checksum[:16]}.safetensors")
 
     @property
     def checkpoint(self) -> Path:

@@ -4,7 +4,7 @@
     python benchmarks/reliability/kill.py --quick    # 3
 
 ``kill.toml`` (two trainings, four cells, a table) is run once without a disturbance, which tells how long it takes.
-Then it is run in several folders, in each of them killed (SIGKILL) several times in a row, and at last run to its end.
+Then it is run in several folders (in every other one with jobs in a process of their own), in each of them killed (SIGKILL) several times in a row, and at last run to its end.
 Moments are spread over the whole length: those of all folders together have one in every equal part of it, and the
 last kill in every folder hits the writing of the tables. Work since the last state that was kept is lost by a kill and
 done again; what must not happen is counted:
@@ -50,6 +50,8 @@ class Folder:
 
     path: Path
     protocol: Path = PROTOCOL
+    #: where jobs are done: in the command's process, or in one beside it
+    isolate: str = "never"
     #: events of every process so far, and how long each worked, in seconds
     events: list[list[Event]] = field(default_factory=list)
     seconds: list[float] = field(default_factory=list)
@@ -64,6 +66,7 @@ class Folder:
         events = self.path / f"events-{len(self.events)}.jsonl"
         plugin = str(HERE / "watched_work.py")
         words = ["run", str(self.protocol), "--plugin", plugin, "--results", "results", "--device", "cpu"]
+        words += ["--isolate", self.isolate]
         with (self.path / "log").open("ab") as log:
             process = subprocess.Popen(
                 [sys.executable, "-m", "ensdef", *words],
@@ -225,7 +228,7 @@ def compare(where: Path, kills: int, folders: int, rng: random.Random, protocol:
     phases: Counter[str] = Counter()
     all_folders = [alone]
     for number, gaps in enumerate(moments(kills - folders, folders, length, rng)):
-        folder = Folder(where / f"killed-{number}", protocol)
+        folder = Folder(where / f"killed-{number}", protocol, "always" if number % 2 else "never")
         all_folders.append(folder)
         # the last kill of a folder hits the tables: what is done is done, so that it may be tried until it hits
         for gap in (*gaps, None):

@@ -159,7 +159,7 @@ def _replicate(table: PaperTable, options: RunOptions) -> None:
         _print_measurements(replication.measurements, options)
         return
     measurements = _measure(replication.measurements, table.id, options)
-    with one_at_a_time(options.results, "tables"):
+    with one_at_a_time(options.results, "tables", partial(click.echo, err=True)):
         write_manifest(replication, options.results, records, measurements)
         paths = write_table(table.table, options.results, options.results / "tables")
     _show(paths, options)
@@ -185,7 +185,7 @@ def _measures(protocol: Protocol, table: str, protocol_id: str | None, options: 
         return
     check_measurable(specs)
     made = _measure(specs, protocol_id, options)
-    with one_at_a_time(options.results, "tables"):
+    with one_at_a_time(options.results, "tables", partial(click.echo, err=True)):
         Manifests(options.results).write_measurements(table, protocol.title, made)
         paths = write_table(table, options.results, options.results / "tables")
     _show(paths, options)
@@ -259,7 +259,7 @@ def _report(
     from ensdef.manifests import Manifests
     from ensdef.tables import build_table, markdown, write_table
 
-    with one_at_a_time(results, "tables"):
+    with one_at_a_time(results, "tables", partial(click.echo, err=True)):
         # a bench adds to what was benched before; a protocol's table is the protocol's cells and no others
         title = protocol.title if table != "bench" else "Bench"
         kind = _kind(protocol, protocol_id, records)

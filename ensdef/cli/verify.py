@@ -18,8 +18,9 @@ PROVES = """\
 What this proves: on these weights and images every image counted as fooled is answered wrongly at a stored point
 inside box and ball, and every other as the record says at the point stored for it. So the true robust accuracy is at
 most the one told.
-What it cannot prove: that no attack does better, that the points are the best the attack named could find, how the
-weights were trained, and times, passes, flags and provenance. For those, run the cell again."""
+What it cannot prove: that no attack does better, that the points are those of the attack named (of one without a radius
+nothing but the box bounds them), how the weights were trained, and times, passes, flags and provenance. For those, run
+the cell again."""
 
 
 @cli.command()
