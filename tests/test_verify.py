@@ -104,7 +104,7 @@ def test_what_forward_passes_cannot_tell_is_verified_and_the_command_says_so(
     told = " ".join(result.stdout.split())
     for limit in (
         "that no attack does better",
-        "the best the attack named could find",
+        "that the points are those of the attack named",
         "times, passes, flags and provenance",
     ):
         assert limit in told.partition("What it cannot prove")[2]

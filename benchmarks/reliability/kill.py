@@ -4,7 +4,8 @@
     python benchmarks/reliability/kill.py --quick    # 3
 
 ``kill.toml`` (two trainings, four cells, a table) is run once without a disturbance, which tells how long it takes.
-Then it is run in several folders (in every other one with jobs in a process of their own), in each of them killed (SIGKILL) several times in a row, and at last run to its end.
+Then it is run in several folders (with jobs in a process of their own in every other one), in each of them killed
+(SIGKILL) several times in a row, and at last run to its end.
 Moments are spread over the whole length: those of all folders together have one in every equal part of it, and the
 last kill in every folder hits the writing of the tables. Work since the last state that was kept is lost by a kill and
 done again; what must not happen is counted:
