@@ -60,12 +60,9 @@ def attacked(results: Path, one: Cell, **how: Any) -> Record:
 
 def test_a_cell_keeps_its_points_beside_its_record_with_hashes_of_all_that_belongs_to_them(results: Path) -> None:
     record = attacked(results, cell(steps=5))
-    path = results / f"evidence/digits/nat/pgd-{record.key[:16]}.safetensors"
-    assert (
-        record.evidence["file"]
-        == str(evidence_path(record, record.evidence["sha256"]))
-        == str(path.relative_to(results))
-    )
+    checksum = record.evidence["sha256"]
+    path = results / f"evidence/digits/nat/pgd-{record.key[:16]}-{checksum[:16]}.safetensors"
+    assert record.evidence["file"] == str(evidence_path(record, checksum)) == str(path.relative_to(results))
     assert record.evidence["sha256"] == hashlib.sha256(path.read_bytes()).hexdigest()
     assert set(record.evidence) == {"file", "sha256", "inputs", "labels", "weights", "code", "version"}
     assert set(record.evidence["code"]) == {"method", "attack"}
